@@ -1,0 +1,169 @@
+"""Building blocks of SANE: transformer layers, learned positions, per-layer linear paths, pooling over tokens."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_sane import SaneConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = query @ key.transpose(-2, -1) * scaling  # (B, heads, T, T)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class SaneAttention(nn.Module):
+    """Bidirectional self-attention without biases."""
+
+    def __init__(self, config: SaneConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.dropout
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        batch, tokens, _ = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch, tokens, 3, -1, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch, tokens, -1)), weights
+
+
+class SaneMLP(nn.Module):
+    """Feed-forward block without biases."""
+
+    def __init__(self, config: SaneConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class SaneLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer of both encoder and decoder."""
+
+    def __init__(self, config: SaneConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.attention = SaneAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.mlp = SaneMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        attended, _ = self.attention(self.norm1(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.norm2(hidden_states)))
+
+
+class SanePositions(nn.Module):
+    """Learned embedding of (index in the sequence, layer[, token in the layer]), added to the token embedding.
+
+    With three parts the first two share one half of the features and the third fills the other, as in the original.
+    """
+
+    def __init__(self, config: SaneConfig):
+        super().__init__()
+        self.sizes = tuple(config.max_positions)
+        self.tables = nn.ModuleList(nn.Embedding(size, config.hidden_size // 2) for size in self.sizes)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        index, layer, *within = [table(positions[..., part]) for part, table in enumerate(self.tables)]
+        return torch.cat([index + layer, within[0]] if within else [index, layer], dim=-1)  # (B, T, H)
+
+
+class LayerPath(nn.Module):
+    """A linear map of its own for every layer of the network that is read.
+
+    One product computes all layers' outputs and the token's own is taken, which keeps the graph static.
+    """
+
+    def __init__(self, num_layers: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_layers, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(num_layers, out_features))
+
+    def forward(self, inputs: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+        num_layers, in_features, out_features = self.weight.shape
+        outputs = inputs @ self.weight.transpose(0, 1).reshape(in_features, num_layers * out_features)
+        outputs = outputs.unflatten(-1, (num_layers, out_features))  # (B, T, L, out)
+        own = outputs.take_along_dim(layer[..., None, None], dim=-2).squeeze(-2)
+        return own + self.bias[layer]
+
+
+def layer_means(latents: torch.Tensor, layer: torch.Tensor, weight: torch.Tensor, num_layers: int):
+    """Mean of the latents over the tokens of each layer.
+
+    Args:
+        latents: (B, T, Z) float.
+        layer: (B, T) long, layer of each token.
+        weight: (B, T) float, 1 for real tokens and 0 for padded ones.
+        num_layers: L.
+
+    Returns:
+        (B, L, Z) means (zero for layers that are not there) and (B, L) number of tokens.
+    """
+    membership = nn.functional.one_hot(layer, num_layers).to(latents.dtype) * weight[..., None]  # (B, T, L)
+    count = membership.sum(dim=1)
+    return (membership.transpose(1, 2) @ latents) / count.clamp(min=1)[..., None], count
+
+
+def default_positions(sequence: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """Positions (B, T, parts) of a sequence that is one layer: index, layer 0[, token in the layer]."""
+    index = torch.arange(sequence.shape[1], device=sequence.device)
+    parts = [index, torch.zeros_like(index), index][: len(sizes)]
+    return torch.stack(parts, dim=-1).expand(sequence.shape[0], -1, -1)
+
+
+def token_weight(sequence: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, T) float, 1 for real tokens and 0 for padded ones."""
+    if attention_mask is None:
+        return torch.ones(sequence.shape[:2], dtype=sequence.dtype, device=sequence.device)
+    return attention_mask.to(sequence.dtype)
+
+
+__all__ = [
+    "LayerPath",
+    "SaneAttention",
+    "SaneLayer",
+    "SanePositions",
+    "default_positions",
+    "layer_means",
+    "token_weight",
+]
