@@ -10,8 +10,7 @@ each is filled by a handful of strided copies.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,17 +24,18 @@ from .rows_sane import (
     describe,
     fill_tokens,
     fingerprint,
+    layer_rows,
     plan_layers,
     readable,
+    zeros,
 )
+from .tables_sane import TokenTables
 
-_SMALL_TABLE = 4 << 20  # bytes: tables up to this size are built whole, once, and windows are slices of them
-_LARGEST_TABLE = 64 << 20  # bytes: larger tables are not kept
 _SMALL_NETWORK = 1 << 18  # weights: networks up to this size are stacked over the batch, larger ones are copied singly
 
 
 @dataclass(frozen=True, eq=False)
-class TokenLayout:
+class TokenLayout(TokenTables):
     """Where every weight of an architecture lies among its tokens. Make one with [`TokenLayout.plan`].
 
     Args:
@@ -86,7 +86,7 @@ class TokenLayout:
     copied: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     floating: frozenset[str]
-    _tables: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    tables: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def plan(
@@ -144,26 +144,6 @@ class TokenLayout:
         )
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole network (T)."""
-        return self.layers[-1].token_stop if self.layers else 0
-
-    @property
-    def num_weights(self) -> int:
-        """Weights among the tokens, which is the length of the flat vector (N)."""
-        return self.layers[-1].flat_stop if self.layers else 0
-
-    @cached_property
-    def slices(self) -> dict[str, tuple[int, int]]:
-        """Start and stop of every tokenised tensor in the flat vector, in its order."""
-        found = {}
-        for layer in self.layers:
-            found[layer.name] = (layer.flat_start, layer.bias_start)
-            if layer.bias is not None:
-                found[layer.bias] = (layer.bias_start, layer.flat_stop)
-        return found
-
-    @property
     def keys(self) -> tuple[str, ...]:
         """Names of the tokenised tensors in the order of the flat vector."""
         return tuple(self.slices)
@@ -207,6 +187,10 @@ class TokenLayout:
         entries = {name: (tuple(shape), bool(floating)) for name, shape, floating in data["tensors"]}
         return cls._plan(entries, data["token_size"], data["rows"], data["ignore_norm"])
 
+    def resized(self, token_size: int) -> TokenLayout:
+        """The layout of the same architecture at another token size; 0 takes the widest row."""
+        return TokenLayout.from_dict({**self.to_dict(), "token_size": token_size})
+
     def flatten(self, state_dict: Mapping[str, Tensor]) -> Tensor:
         """All tokenised tensors as one vector.
 
@@ -226,9 +210,7 @@ class TokenLayout:
         for state_dict in state_dicts:
             self.check(state_dict)
         first = state_dicts[0][self.keys[0]] if state_dicts else torch.empty(0)
-        flat = torch.empty(
-            len(state_dicts), self.num_weights, dtype=self.token_dtype(*state_dicts), device=first.device
-        )
+        flat = zeros((len(state_dicts), self.num_weights), self.token_dtype(*state_dicts), first.device)
         for part, read in self._readers(flat, state_dicts):
             for name, (start, stop) in self.slices.items():
                 tensor = read(name, None)
@@ -255,10 +237,13 @@ class TokenLayout:
             raise ValueError(
                 f"flat has shape {tuple(flat.shape)}; this layout needs (N,) or (B, N), N {self.num_weights}."
             )
-        if flat.ndim == 2:
-            return [self.unflatten(row, reference) for row in flat.unbind(0)]
         if reference is not None:
             self.check(reference)
+        if flat.ndim == 2:
+            return [self._unflatten(row, reference) for row in flat.unbind(0)]
+        return self._unflatten(flat, reference)
+
+    def _unflatten(self, flat: Tensor, reference: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         tensors = {}
         for name, shape in self.shapes.items():
             if name in self.slices:
@@ -271,57 +256,69 @@ class TokenLayout:
 
     def check(self, state_dict: Mapping[str, Tensor]) -> None:
         """Raise a `ValueError` naming the first tensor that does not fit this architecture."""
+        fault = self.mismatch({name: describe(name, tensor) for name, tensor in state_dict.items()})
+        if fault is not None:
+            raise ValueError(fault)
+
+    def mismatch(self, entries: Entries) -> str | None:
+        """What does not fit this architecture, naming the tensor: a missing one first; `None` if all fits.
+
+        Args:
+            entries (`dict[str, tuple[tuple[int, ...], bool]]`): Shape of each tensor and whether it is floating.
+        """
         for name, shape in self.shapes.items():
-            if name not in state_dict:
-                raise ValueError(f"Tensor {name!r} is missing: the layout expects it with shape {shape}.")
-            found, floating = describe(name, state_dict[name])
+            kind = "floating" if name in self.floating else "integer or boolean"
+            if name not in entries:
+                return f"Tensor {name!r} is missing: a {kind} one of shape {shape} is expected."
+            found, floating = entries[name]
             if found != shape or floating != (name in self.floating):
-                kind = "a floating" if name in self.floating else "an integer"
-                raise ValueError(
-                    f"Tensor {name!r} has shape {found} and dtype {state_dict[name].dtype}; "
-                    f"the layout expects {kind} tensor of shape {shape}."
-                )
-        if len(state_dict) != len(self.shapes):
-            extra = next(name for name in state_dict if name not in self.shapes)
-            raise ValueError(
-                f"Unexpected tensor {extra!r} of shape {tuple(state_dict[extra].shape)}: "
-                f"the layout knows {len(self.shapes)} tensors, the state dict has {len(state_dict)}. Remove it."
-            )
+                is_kind = "floating" if floating else "integer or boolean"
+                return f"Tensor {name!r} is {is_kind} of shape {found}; a {kind} one of shape {shape} is expected."
+        for name, (shape, _) in entries.items():
+            if name not in self.shapes:
+                return f"Tensor {name!r} of shape {shape} is unexpected."
+        return None
 
     def token_dtype(self, *state_dicts: Mapping[str, Tensor]) -> torch.dtype:
         """The dtype that holds every tokenised value exactly: float64 if any tensor is, else float32."""
         double = any(state_dict[name].dtype == torch.float64 for state_dict in state_dicts for name in self.keys)
         return torch.float64 if double else torch.float32
 
-    def window(self, start: int | None = None, length: int | None = None) -> tuple[int, int]:
-        """First and one past the last token of a window, which ends at the end of the network.
-
-        Raises:
-            `ValueError`: On a start outside of the network or a length below 1.
-        """
-        first = 0 if start is None else start
-        if not 0 <= first < max(self.num_tokens, 1):
-            raise ValueError(
-                f"start is {start}, but the network has {self.num_tokens} tokens: use 0 to {self.num_tokens - 1}."
-            )
-        if length is not None and length < 1:
-            raise ValueError(f"length is {length}; a window needs at least 1 token.")
-        return first, self.num_tokens if length is None else min(first + length, self.num_tokens)
-
-    def fill(self, tokens: Tensor, state_dicts: Sequence[Mapping[str, Tensor]], start: int = 0) -> Tensor:
-        """Write the tokens of a batch of state dicts into `tokens`, reading only the rows that the window covers.
+    def read_tokens(
+        self,
+        state_dicts: Sequence[Mapping[str, Tensor]],
+        start: int | None = None,
+        length: int | None = None,
+        dtype: torch.dtype | None = None,
+        shift_and_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of networks that are known to have this layout. A window reads only the rows that it covers.
 
         Args:
-            tokens (`Tensor` of shape `(B, T, D)`): Overwritten, padding included.
-            state_dicts (`Sequence[Mapping[str, Tensor]]`): B networks of this architecture.
-            start (`int`): The token of the network that comes first.
+            state_dicts (`Sequence[Mapping[str, Tensor]]`): B networks.
+            start (`int`, *optional*): First token of the window, 0 if not given.
+            length (`int`, *optional*): Most tokens of the window; all if not given.
+            dtype (`torch.dtype`, *optional*): float32 or float64; that of [`TokenLayout.flatten`] if not given.
+            shift_and_scale (`Tensor` of shape `(2, layers)`, *optional*): What to subtract from the weights of each
+                layer, and what to divide them by then.
 
         Returns:
-            `Tensor`: `tokens`.
+            `tuple[Tensor, Tensor]`: The tokens, of shape `(B, T, D)`, 0 on padding; and the sum of all weights read,
+            which is not finite if one of them is not.
         """
+        first, last = self.window(start, length)
+        shape = (len(state_dicts), last - first, self.token_size)
+        tokens = zeros(shape, dtype or self.token_dtype(*state_dicts), state_dicts[0][self.keys[0]].device)
+        total = tokens.new_zeros(())
         for part, read in self._readers(tokens, state_dicts):
-            fill_tokens(part, self.layers_between(start, start + part.shape[1]), start, read)
-        return tokens
+
+            def read_and_add(name: str, rows: slice | None, read: Reader = read) -> Tensor:
+                found = read(name, rows)
+                total.add_(found.sum(dtype=total.dtype))  # here, because the copy that follows finds it in the cache
+                return found
+
+            fill_tokens(part, self.layers_between(first, last), first, read_and_add, None, shift_and_scale)
+        return tokens, total
 
     def _readers(self, out: Tensor, state_dicts: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[Tensor, Reader]]:
         """Parts of the batch `out`, each with a function that reads a tensor, or some rows of it, for that part."""
@@ -337,99 +334,6 @@ class TokenLayout:
                 return found[0][None] if len(found) == 1 else torch.stack(found)
 
             yield out[number : number + len(group)], read
-
-    def positions(self, start: int | None = None, length: int | None = None) -> Tensor:
-        """Positions of the tokens: index in the sequence, layer, row in the layer (chunks of a row share it).
-
-        Returns:
-            `Tensor` of shape `(T, 3)`, int64, shared between calls: do not change it in place.
-        """
-
-        def build(first: int, last: int) -> Tensor:
-            parts = [
-                torch.stack([token + layer.token_start, torch.full_like(token, layer.index), token // layer.chunks], 1)
-                for layer, token in self._tokens_by_layer(first, last)
-            ]
-            return torch.cat(parts) if parts else torch.empty(0, 3, dtype=torch.int64)
-
-        return self._table("positions", build, 24 * self.num_tokens, start, length)
-
-    def layer_of_token(self, start: int | None = None, length: int | None = None) -> Tensor:
-        """Index of the layer of every token: `Tensor` of shape `(T,)`, int64."""
-        return self.positions(start, length)[:, 1]
-
-    def mask(self, start: int | None = None, length: int | None = None) -> Tensor:
-        """True where a token holds a weight, false on padding.
-
-        Returns:
-            `Tensor` of shape `(T, D)`, bool, shared between calls: do not change it in place.
-        """
-
-        def build(first: int, last: int) -> Tensor:
-            sizes = []
-            for layer, token in self._tokens_by_layer(first, last):
-                lead = token % layer.chunks < layer.lead
-                sizes.append(torch.where(lead, layer.lead_size, layer.tail_size))
-            size = torch.cat(sizes) if sizes else torch.empty(0, dtype=torch.int64)
-            return torch.arange(self.token_size) < size[:, None]
-
-        return self._table("mask", build, self.num_tokens * self.token_size, start, length)
-
-    def gather_index(self, start: int | None = None, length: int | None = None) -> Tensor:
-        """Index into the flat vector of every entry of the tokens, N on padding.
-
-        Returns:
-            `Tensor` of shape `(T, D)`, int64, shared between calls: do not change it in place.
-        """
-
-        def build(first: int, last: int) -> Tensor:
-            index = torch.empty(1, last - first, self.token_size, dtype=torch.int64)
-            layers = self.layers_between(first, last)
-            return fill_tokens(index, layers, first, self._flat_positions, padding=self.num_weights)[0]
-
-        return self._table("gather_index", build, 8 * self.num_tokens * self.token_size, start, length)
-
-    def _flat_rows(self, name: str, rows: slice | None) -> tuple[int, int, int]:
-        """Where some rows of a tensor lie in the flat vector: start, stop, number of rows."""
-        start, stop = self.slices[name]
-        count = self.shapes[name][0] if self.shapes[name] else 1
-        if rows is None:
-            return start, stop, count
-        size = (stop - start) // count
-        return start + rows.start * size, start + rows.stop * size, rows.stop - rows.start
-
-    def _flat_positions(self, name: str, rows: slice | None) -> Tensor:
-        """A reader that gives, for every weight, its position in the flat vector."""
-        start, stop, _ = self._flat_rows(name, rows)
-        return torch.arange(start, stop)[None]
-
-    def _tokens_by_layer(self, start: int, stop: int) -> Iterator[tuple[LayerLayout, Tensor]]:
-        for layer in self.layers_between(start, stop):
-            first = max(start, layer.token_start) - layer.token_start
-            yield layer, torch.arange(first, min(stop, layer.token_stop) - layer.token_start)
-
-    @cached_property
-    def _token_stops(self) -> list[int]:
-        return [layer.token_stop for layer in self.layers]
-
-    def layers_between(self, start: int, stop: int) -> Iterator[LayerLayout]:
-        """The layers that have tokens among `start` to `stop`."""
-        for layer in self.layers[bisect_right(self._token_stops, start) :]:
-            if layer.token_start >= stop:
-                break
-            if layer.num_tokens:
-                yield layer
-
-    def _table(
-        self, name: str, build: Callable[[int, int], Tensor], size: int, start: int | None, length: int | None
-    ) -> Tensor:
-        first, last = self.window(start, length)
-        whole = last - first == self.num_tokens
-        if name not in self._tables:
-            if size > (_LARGEST_TABLE if whole else _SMALL_TABLE):
-                return build(first, last)
-            self._tables[name] = build(0, self.num_tokens)
-        return self._tables[name] if whole else self._tables[name][first:last]
 
 
 def tokens_from_flat(flat: Tensor, layout: TokenLayout, start: int | None = None, length: int | None = None) -> Tensor:
@@ -452,7 +356,7 @@ def tokens_from_flat(flat: Tensor, layout: TokenLayout, start: int | None = None
     first, last = layout.window(start, length)
 
     def read(name: str, rows: slice | None) -> Tensor:
-        begin, end, _ = layout._flat_rows(name, rows)
+        begin, end, _ = layout.flat_rows(name, rows)
         return flat[:, begin:end]
 
     tokens = flat.new_empty(len(flat), last - first, layout.token_size)
@@ -477,18 +381,10 @@ def flat_from_tokens(tokens: Tensor, layout: TokenLayout) -> Tensor:
             f"tokens have shape {tuple(tokens.shape)}; "
             f"this layout needs (B, {layout.num_tokens}, {layout.token_size})."
         )
-    batch = len(tokens)
-    parts = [tokens.new_empty(batch, 0)]
+    parts = [tokens.new_empty(len(tokens), 0)]
     for layer in layout.layers:
-        if not layer.num_tokens:
-            continue
-        block = tokens[:, layer.token_start : layer.token_stop].unflatten(1, (layer.rows, layer.chunks))
-        runs = [
-            block[:, :, begin:end, :size].reshape(batch, layer.rows, (end - begin) * size)
-            for begin, end, size in layer.runs(0, layer.chunks)
-        ]
-        row = runs[0] if len(runs) == 1 else torch.cat(runs, 2)
-        parts.append(row[:, :, : layer.columns].reshape(batch, layer.rows * layer.columns))
+        rows = layer_rows(tokens, layer)
+        parts.append(rows[:, :, : layer.columns].flatten(1))
         if layer.bias is not None:
-            parts.append(row[:, :, layer.columns])
+            parts.append(rows[:, :, layer.columns])
     return torch.cat(parts, 1)

@@ -94,8 +94,10 @@ class SanePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, LayerPath):
-            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+            init.zeros_(module.weight)
             init.zeros_(module.bias)
+            if module.identity:
+                init.copy_(module.weight, torch.eye(*module.weight.shape[1:]).expand_as(module.weight))
         elif isinstance(module, SaneLayer):
             # Residual branches start small, by depth, as in GPT-2.
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
@@ -128,8 +130,8 @@ class SaneModel(SanePreTrainedModel):
         self.token_proj = nn.Linear(config.hidden_size, config.token_size)
         self.dropout = nn.Dropout(config.dropout)
         layers = config.max_positions[1]
-        self.encoder_path = LayerPath(layers, inputs, config.latent_size) if config.layer_path else None
-        self.decoder_path = LayerPath(layers, config.latent_size, config.token_size) if config.layer_path else None
+        self.encoder_path = LayerPath(layers, inputs, config.latent_size, True) if config.layer_path else None
+        self.decoder_path = LayerPath(layers, config.latent_size, config.token_size, True) if config.layer_path else None
         self.post_init()
 
     @merge_with_config_defaults
@@ -259,7 +261,7 @@ class SaneForPreTraining(SanePreTrainedModel):
         )
         layers = config.max_positions[1]
         self.statistics_head = (
-            LayerPath(layers, 2 * config.latent_size, config.statistics_size) if config.statistics_size else None
+            LayerPath(layers, 2 * config.latent_size, config.statistics_size, False) if config.statistics_size else None
         )
         self.behavior_head = (
             nn.Linear(layers * config.latent_size, config.behavior_size) if config.behavior_size else None
@@ -324,11 +326,11 @@ class SaneForPreTraining(SanePreTrainedModel):
         return output
 
     def _nested(self, latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """In training, cut the latents of a random half of the batch to one of the nested budgets."""
+        """In training, cut the latents of a random quarter of the batch to one of the nested budgets."""
         fractions = self.config.nested_latents
         if not (self.training and fractions):
             return latents
-        choices = torch.tensor([1.0] * len(fractions) + list(fractions), device=latents.device)
+        choices = torch.tensor([1.0] * 3 * len(fractions) + list(fractions), device=latents.device)
         budget = choices[torch.randint(len(choices), latents.shape[:1], device=latents.device)]
         return self.sane.keep_latents(latents, mask, budget * self.config.latents_per_weight)
 

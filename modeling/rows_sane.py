@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ COPIED_DTYPES = (
 )
 ROW_FORMS = ("cut", "equal")
 NORM_STATISTICS = ("running_mean", "running_var")
+
+_NUMPY_DTYPES = {torch.float64: np.float64, torch.float32: np.float32}
 
 # For each tensor its shape and whether it is floating; the order is that of the state dict.
 Entries = dict[str, tuple[tuple[int, ...], bool]]
@@ -206,8 +209,27 @@ def plan_layers(entries: Entries, token_size: int, rows: str, ignore_norm: bool)
     return tuple(layers)
 
 
-def fill_tokens(tokens: Tensor, layers: Iterable[LayerLayout], start: int, read: Reader, padding: int = 0) -> Tensor:
-    """Write the tokens of some layers that begin at token `start` into `tokens` of shape (B, T, D), padding included."""
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. NumPy asks the system for memory that is zero already, in huge pages: without them, touching large memory
+    for the first time costs several times what filling it does."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, _NUMPY_DTYPES[dtype]))
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def fill_tokens(
+    tokens: Tensor,
+    layers: Iterable[LayerLayout],
+    start: int,
+    read: Reader,
+    padding: int | None = 0,
+    shift_and_scale: Tensor | None = None,
+) -> Tensor:
+    """Write the tokens of some layers, from token `start` on, into `tokens` of shape (B, T, D).
+
+    Padding is set to `padding`, or left as it is if that is None. With `shift_and_scale`, of shape (2, layers of the
+    network), the weights are normalised on the way.
+    """
     stop, batch = start + tokens.shape[1], len(tokens)
     for layer in layers:
         first = max(start, layer.token_start) - layer.token_start
@@ -228,6 +250,21 @@ def fill_tokens(tokens: Tensor, layers: Iterable[LayerLayout], start: int, read:
                     bias = read(layer.bias, rows).reshape(batch, shape[0])
                     target[:, :, count, : size - 1].copy_(weight[:, :, column + count * size :])
                     target[:, :, count, size - 1].copy_(bias)
-                if size < tokens.shape[2]:
+                if shift_and_scale is not None:
+                    shift, scale = shift_and_scale[:, layer.index].tolist()
+                    target[..., :size].sub_(shift).div_(scale)
+                if padding is not None and size < tokens.shape[2]:
                     target[..., size:].fill_(padding)
     return tokens
+
+
+def layer_rows(tokens: Tensor, layer: LayerLayout) -> Tensor:
+    """The rows of a layer, bias included, from the tokens (B, T, D) of whole networks: (B, rows, width).
+
+    A view of `tokens` where rows are not cut. Differentiable.
+    """
+    if not layer.num_tokens:
+        return tokens.new_empty(len(tokens), layer.rows, layer.width)
+    block = tokens[:, layer.token_start : layer.token_stop].unflatten(1, (layer.rows, layer.chunks))
+    runs = [block[:, :, begin:end, :size].flatten(2) for begin, end, size in layer.runs(0, layer.chunks)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, 2)
