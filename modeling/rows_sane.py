@@ -246,7 +246,7 @@ def fill_tokens(
                 if count:
                     source = weight[:, :, column : column + count * size].unflatten(2, (count, size))
                     target[:, :, :count, :size].copy_(source)
-                if begin + count < end:
+                if layer.bias is not None and begin + count < end:
                     bias = read(layer.bias, rows).reshape(batch, shape[0])
                     target[:, :, count, : size - 1].copy_(weight[:, :, column + count * size :])
                     target[:, :, count, size - 1].copy_(bias)

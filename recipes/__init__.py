@@ -1,0 +1,1 @@
+"""Whole runnable configurations, installed with the package: `sane-hf train sane-digits`."""

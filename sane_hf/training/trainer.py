@@ -1,0 +1,73 @@
+"""transformers' Trainer, plus what SANE needs and it lacks: the behavioural loss and the parts of the loss in the log."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from transformers import Trainer
+
+from .arguments import BehaviorArguments
+from .behavior import BehaviorLoss
+
+LOGGED = ("loss_reconstruction", "loss_contrast", "loss_statistics", "r2")
+
+
+class SaneTrainer(Trainer):
+    """Trainer of `SaneForPreTraining` on `ZooWindows`.
+
+    Args:
+        behavior_loss: the behavioural loss, or none.
+        behavior: its weight, start and latent noise.
+        **kwargs: as for `Trainer`.
+    """
+
+    def __init__(
+        self, *args, behavior_loss: BehaviorLoss | None = None, behavior: BehaviorArguments | None = None, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
+        self.behavior_loss, self.behavior = behavior_loss, behavior or BehaviorArguments()
+        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's loss, and in training the behavioural loss once it has set in."""
+        index = inputs.pop("index")
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if model.training and self._behavior_active():
+            divergence = self._divergence(model, inputs, outputs, index)
+            loss = loss + self.behavior.weight * divergence
+            self._parts["loss_behavior"].append(divergence.detach())
+        prefix = "" if model.training else "eval_"
+        for name in LOGGED:
+            if outputs.get(name) is not None:
+                self._parts[prefix + name].append(outputs[name].detach())
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step}, checkpoints {index.tolist()[:8]}...: lower "
+                "trainer.learning_rate or leave the rows out; the last saved checkpoint is untouched"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _behavior_active(self) -> bool:
+        started = self.state.global_step >= self.behavior.start * self.state.max_steps
+        return self.behavior_loss is not None and self.behavior.weight > 0 and started
+
+    def _divergence(self, model, inputs, outputs, index) -> torch.Tensor:
+        """Divergence of networks decoded from noised latents; each sample has its own noise level."""
+        sane = self.accelerator.unwrap_model(model).sane
+        latents = outputs.latents[: len(index)]
+        decoded = outputs.reconstruction[: len(index)]
+        if self.behavior.latent_noise:
+            spread = latents.detach().std(dim=0)
+            level = torch.rand(len(index), 1, 1, device=latents.device) * self.behavior.latent_noise
+            noised = latents + level * spread * torch.randn_like(latents)
+            decoded = sane.decode(noised, inputs["positions"], inputs.get("attention_mask"))
+        return self.behavior_loss(decoded, inputs["labels"][: len(index)], index, self.state.global_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the averages of the loss's parts since the last log."""
+        evaluating = any(name.startswith("eval_") for name in logs)
+        for name in [name for name in self._parts if name.startswith("eval_") == evaluating]:
+            logs[name] = torch.stack(self._parts.pop(name)).mean().item()
+        super().log(logs, start_time)
