@@ -1,8 +1,8 @@
 """Metadata, dependencies and the housed folders.
 
 `modeling/`, `model_cards/` and `recipes/` lie beside `sane_hf/` in the checkout, where readers look for them, and are
-installed inside it. All packages are named explicitly: a bare `find_packages()` would ship `modeling` and `tests` at
-top level.
+installed inside it; relative links of the same names stand there for editors, type checkers and runs straight from the
+checkout. All packages are named explicitly: a bare `find_packages()` would ship `modeling` and `tests` at top level.
 """
 
 import re

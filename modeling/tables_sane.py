@@ -54,7 +54,7 @@ class TokenTables:
             raise ValueError(
                 f"start is {start}, but the network has {self.num_tokens} tokens: use 0 to {self.num_tokens - 1}."
             )
-        if length is not None and length < 1:
+        if length is not None and length < min(self.num_tokens, 1):
             raise ValueError(f"length is {length}; a window needs at least 1 token.")
         return first, self.num_tokens if length is None else min(first + length, self.num_tokens)
 

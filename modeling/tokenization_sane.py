@@ -127,7 +127,6 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
         groups = _grouped([layout for layout, _ in plans])
         parts = []
         for layout, members in groups:
-            first, last = layout.window(start, length)
             networks = [batch[member] for member in members]
             known = None if self.normalization == "none" else self.shift_and_scale(layout)
             with torch.no_grad():
@@ -137,9 +136,9 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
             parts.append(
                 {
                     "tokens": tokens,
-                    "mask": layout.mask(first, last - first).to(device).repeat(len(members), 1, 1),
+                    "mask": layout.mask(start, length).to(device).repeat(len(members), 1, 1),
                     "attention_mask": torch.ones(tokens.shape[:2], dtype=torch.bool, device=device),
-                    "positions": layout.positions(first, last - first).to(device).repeat(len(members), 1, 1),
+                    "positions": layout.positions(start, length).to(device).repeat(len(members), 1, 1),
                 }
             )
         return BatchFeature(parts[0] if len(parts) == 1 else _padded(parts, groups, len(batch)))
@@ -228,13 +227,15 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
                     waiting[key] = []
         if not rows:
             raise ValueError("There is no network to fit the tokenizer on: state_dicts is empty.")
+        for key, layout in rows.items():
+            gather(waiting[key], layout, statistics[key])
         self.token_size = self.token_size or max(layout.token_size for layout in rows.values())
         self.layouts = {key: layout.resized(self.token_size) for key, layout in rows.items()}
-        self.statistics = {}
-        if self.normalization != "none":
-            for key, layout in rows.items():
-                gather(waiting[key], layout, statistics[key])
-                self.statistics[key] = statistics[key].shift_and_scale(self.normalization)
+        self.statistics = {
+            key: found.shift_and_scale(self.normalization)
+            for key, found in statistics.items()
+            if self.normalization != "none"
+        }
         self._plans.clear()
         return self
 

@@ -32,6 +32,7 @@ def forward(architecture: str, configs: Configs, stacked: dict[str, Tensor], ima
 
     Example:
         >>> from sane_hf.architectures import build
+        >>> from sane_hf.members import stack
         >>> networks = stack([build("cnn_small").state_dict() for _ in range(3)])
         >>> forward("cnn_small", None, networks, torch.zeros(5, 1, 8, 8)).shape
         torch.Size([3, 5, 10])

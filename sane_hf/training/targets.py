@@ -1,7 +1,7 @@
 """What the self-supervised statistics head learns to predict: weight statistics per layer, behaviour per network.
 
-None of it needs a label. Reconstruction alone leaves embeddings that are almost linear in the weights, while a network's
-accuracy shows in second moments and in what the network does; these targets bring both into the latents.
+None of it needs a label. Reconstruction alone leaves embeddings that are almost linear in the weights, while a
+network's accuracy shows in second moments and in what the network does; these targets bring both into the latents.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sane_hf.members import forward, stack
+from sane_hf.members import forward
 from sane_hf.modeling import TokenLayout
 
 LAYER_STATISTICS = 14  # for weights and for biases: log standard deviation, mean and five quantiles in units of it
@@ -53,8 +53,8 @@ def behavior_statistics(logits: torch.Tensor) -> torch.Tensor:
         logits: (M, n, C) float, M networks on n images.
 
     Returns:
-        (M, 9) float: mean and standard deviation over images of entropy, confidence and margin; log scale of the logits;
-        log scale of their mean over images; entropy of the mean answer.
+        (M, 9) float: mean and standard deviation over images of entropy, confidence and margin; log scale of the
+        logits; log scale of their mean over images; entropy of the mean answer.
     """
     probabilities = logits.softmax(dim=-1)
     entropy = torch.special.entr(probabilities).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""transformers' Trainer, plus what SANE needs and it lacks: the behavioural loss and the parts of the loss in the log."""
+"""transformers' Trainer, plus what SANE needs and it lacks: the behavioural loss, the parts of the loss in the log."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class SaneTrainer(Trainer):
                 self._parts[prefix + name].append(outputs[name].detach())
         if not loss.isfinite():
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step}, checkpoints {index.tolist()[:8]}...: lower "
-                "trainer.learning_rate or leave the rows out; the last saved checkpoint is untouched"
+                f"the loss is {loss.item()} at step {self.state.global_step}, checkpoints {index.tolist()[:8]}...: "
+                "lower trainer.learning_rate or leave the rows out; the last saved checkpoint is untouched"
             )
         return (loss, outputs) if return_outputs else loss
 

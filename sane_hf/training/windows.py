@@ -76,9 +76,10 @@ class ZooWindows(Dataset):
         """One batch, gathered at once.
 
         Returns:
-            `tokens` (B, T, D), the encoder's input; `labels` (B, T, D), the same without noise (with a second view both
-            views' (2B, T, D)); `mask` (B, T, D); `positions` (B, T, 3); `index` (B,), which checkpoint; where there are
-            targets `statistics` (B, L, S) and `behavior` (B, K); with a second view `second_tokens` (B, T, D).
+            `tokens` (B, T, D), the encoder's input; `labels` (B, T, D), the same without noise (with a second view
+            both views' (2B, T, D)); `mask` (B, T, D); `positions` (B, T, 3); `index` (B,), which checkpoint; where
+            there are targets `statistics` (B, L, S) and `behavior` (B, K); with a second view `second_tokens`
+            (B, T, D).
         """
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, *indices)) % (1 << 63))
         index = torch.tensor(indices)

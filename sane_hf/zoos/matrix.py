@@ -10,6 +10,7 @@ import torch
 
 from sane_hf.modeling import PermutationGroups, TokenLayout
 from sane_hf.symmetry import align_zoo
+
 from .loading import load_zoo, weight_matrix, zoo_info
 from .schema import SPLIT_SHARES, SPLITS
 from .writing import choose_reference

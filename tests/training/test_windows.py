@@ -81,7 +81,8 @@ def test_noise_spares_labels_and_padding(zoo, layout, tokenizer):
 def test_second_view_is_canonical_beside_permuted(zoo, layout, tokenizer):
     batch = windows(zoo, layout, tokenizer, second_view=True, noise=0.0).__getitems__([0, 1])
     canonical, permuted = batch["labels"].chunk(2)
-    assert torch.equal(batch["tokens"], canonical) and torch.equal(batch["second_tokens"], permuted)
+    assert torch.equal(batch["tokens"], canonical)
+    assert torch.equal(batch["second_tokens"], permuted)
     assert not torch.equal(canonical, permuted)
 
 
@@ -106,5 +107,6 @@ def test_targets_do_not_see_permutations(zoo, layout):
 def test_standardizer_keeps_gaps_and_constants():
     values = torch.tensor([[1.0, 5.0, float("nan")], [3.0, 5.0, 2.0], [5.0, 5.0, 4.0]])
     standardized = Standardizer.fit(values)(values)
-    assert standardized[0, 2].isnan() and standardized[:, 0].mean().abs() < 1e-6
+    assert standardized[0, 2].isnan()
+    assert standardized[:, 0].mean().abs() < 1e-6
     assert (standardized[:, 1] == 0).all()
