@@ -1,7 +1,31 @@
-"""Configuration of SANE (Schürholt, Mahoney, Borth, "Towards Scalable and Versatile Weight Space Learning", ICML 2024)."""
+"""Configuration of SANE (Schürholt, Mahoney, Borth: Towards Scalable and Versatile Weight Space Learning, 2024)."""
+
+from copy import deepcopy
+from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+if TYPE_CHECKING:
+    # Never run, but read: `save_pretrained` copies the files that imports of this form lead to, so that all of the
+    # code travels whichever class is saved, and again when what was loaded from there is saved.
+    from .modeling_sane import SaneModel  # noqa: F401
+    from .pipeline_sane import WeightFeatureExtractionPipeline  # noqa: F401
+
+# Remote users load every class from the same files, whichever class was saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_sane.SaneConfig",
+    "AutoModel": "modeling_sane.SaneModel",
+    "AutoModelForPreTraining": "modeling_sane.SaneForPreTraining",
+}
+CUSTOM_PIPELINES = {
+    "weight-feature-extraction": {
+        "impl": "pipeline_sane.WeightFeatureExtractionPipeline",
+        "pt": ["AutoModel"],
+    }
+}
 
 
 @strict
@@ -32,7 +56,7 @@ class SaneConfig(PreTrainedConfig):
             beside the transformers.
         token_statistics (`bool`): give the encoder mean, log standard deviation, smallest, largest and mean absolute
             weight of every token as five further inputs.
-        statistics_size (`int`): numbers per layer that the statistics head predicts from the pooled latents; 0: no head.
+        statistics_size (`int`): numbers per layer that the statistics head predicts from pooled latents; 0: no head.
         behavior_size (`int`): label-free numbers per network that the statistics head predicts; 0: none.
         gamma (`float`): share of the contrastive loss, `gamma * contrast + (1 - gamma) * reconstruction` (eq. 4).
         temperature (`float`): temperature of NT-Xent.
@@ -61,8 +85,8 @@ class SaneConfig(PreTrainedConfig):
     intermediate_size: int = 512
     hidden_act: str = "gelu"
     dropout: float | int = 0.0
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    layer_norm_eps: float | int = 1e-5
+    initializer_range: float | int = 0.02
     max_positions: list | tuple = (256, 32, 64)
     projection_size: int = 30
     layer_path: bool = False
@@ -70,25 +94,36 @@ class SaneConfig(PreTrainedConfig):
     statistics_size: int = 0
     behavior_size: int = 0
     gamma: float | int = 0.05
-    temperature: float = 0.1
+    temperature: float | int = 0.1
     statistics_weight: float | int = 0.0
     original_parity: bool = False
     window_size: int | None = None
 
+    _auto_class = "AutoConfig"  # saves the code beside every configuration
+
     def __post_init__(self, **kwargs):
-        # Remote users load every class from the same files, whichever class was saved.
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "configuration_sane.SaneConfig",
-                "AutoModel": "modeling_sane.SaneModel",
-                "AutoModelForPreTraining": "modeling_sane.SaneForPreTraining",
-            },
-        )
+        # An installed package has registered the pipeline; transformers would still ask for trust_remote_code if the
+        # configuration named one, so only configurations that came with their code do.
+        remote = type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+        kwargs["custom_pipelines"] = deepcopy(CUSTOM_PIPELINES) if remote else {}
+        kwargs["auto_map"] = {**kwargs.get("auto_map", {}), **AUTO_MAP}
         super().__post_init__(**kwargs)
+
+    def to_dict(self):
+        """All fields as plain data, with the names under which the code beside them is loaded."""
+        # transformers replaces the class names in custom_pipelines by classes, which JSON does not know
+        return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
     def validate_sizes(self):
         """Refuse sizes that no model can have, naming the field."""
+        least = {
+            **dict.fromkeys(("token_size", "latent_size", "hidden_size", "intermediate_size", "projection_size"), 1),
+            **dict.fromkeys(("num_hidden_layers", "num_decoder_layers", "num_attention_heads"), 1),
+            **dict.fromkeys(("statistics_size", "behavior_size"), 0),
+        }
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
@@ -97,9 +132,12 @@ class SaneConfig(PreTrainedConfig):
             raise ValueError(f"max_positions={self.max_positions}: two or three positive table sizes are needed")
         if self.hidden_size % 2:
             raise ValueError(f"hidden_size={self.hidden_size} must be even: the position tables fill half of it each")
-        for name in ("token_size", "latent_size", "num_hidden_layers", "num_decoder_layers", "projection_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.window_size is not None and self.window_size < 1:
+            raise ValueError(f"window_size={self.window_size} must be at least 1, or None")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is no activation of transformers, such as 'gelu'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
 
     def validate_losses(self):
         """Refuse loss settings that contradict each other, naming the field."""

@@ -24,6 +24,7 @@ from .rows_sane import (
     describe,
     fill_tokens,
     fingerprint,
+    is_shape,
     layer_rows,
     plan_layers,
     readable,
@@ -118,7 +119,9 @@ class TokenLayout(TokenTables):
             `ValueError`: On a complex, float8, quantised or sparse tensor, on a value that is no tensor, on an `order`
                 that names other tensors, on a token size below 0, and where there is nothing to tokenise.
         """
-        entries = {name: describe(name, value) for name, value in shapes.items()}
+        entries = {
+            name: (tuple(value), True) if is_shape(value) else describe(name, value) for name, value in shapes.items()
+        }
         if order is not None:
             if len(order) != len(entries) or set(order) != set(entries):
                 odd = sorted(set(order) ^ set(entries)) or sorted(name for name in set(order) if order.count(name) > 1)

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def masked_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over real weights; padding neither counts nor dilutes (paper, eq. 2).
+    """Mean squared error over real weights; padding neither counts nor dilutes, whatever is there (paper, eq. 2).
 
     Args:
         prediction: (B, T, D) float.
@@ -22,7 +22,8 @@ def masked_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tenso
         >>> masked_mse(torch.tensor([[[1.0, 9.0]]]), torch.tensor([[[3.0, 0.0]]]), mask).item()
         4.0
     """
-    return ((prediction - target).square() * mask).sum() / mask.sum().clamp(min=1)
+    difference = (prediction - target).masked_fill(~mask, 0.0)  # before the square: its gradient at NaN is NaN
+    return difference.square().sum() / mask.sum().clamp(min=1)
 
 
 def explained_variance(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -37,9 +38,10 @@ def explained_variance(prediction: torch.Tensor, target: torch.Tensor, mask: tor
         Scalar; 0 for a predictor that knows the mean alone.
     """
     count = mask.sum().clamp(min=1)
-    mean = (target * mask).sum() / count
-    total = ((target - mean).square() * mask).sum()
-    return 1 - ((prediction - target).square() * mask).sum() / total.clamp(min=torch.finfo(target.dtype).tiny)
+    mean = target.masked_fill(~mask, 0.0).sum() / count
+    total = (target - mean).masked_fill(~mask, 0.0).square().sum()
+    error = (prediction - target).masked_fill(~mask, 0.0).square().sum()
+    return 1 - error / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -66,11 +68,15 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> to
     """
     if first.shape[0] < 2:
         raise ValueError(f"contrast needs at least two networks in a batch, found {first.shape[0]}: set gamma=0")
-    # eps as in torch's cosine similarity, so that a projection that is all zero stays finite
-    views = nn.functional.normalize(torch.cat([first, second]).float(), dim=-1, eps=1e-8)
-    rows = torch.arange(views.shape[0], device=views.device)
-    similarity = (views @ views.T / temperature).masked_fill(rows[:, None] == rows, float("-inf"))
-    return nn.functional.cross_entropy(similarity, rows.roll(first.shape[0]))
+    views = torch.cat([first, second])
+    # bfloat16 knows a similarity to 0.4 %, which the temperature then multiplies
+    views = views.to(torch.promote_types(views.dtype, torch.float32))
+    with torch.autocast(views.device.type, enabled=False):
+        # eps as in torch's cosine similarity, so that a projection that is all zero stays finite
+        views = nn.functional.normalize(views, dim=-1, eps=1e-8)
+        rows = torch.arange(views.shape[0], device=views.device)
+        similarity = (views @ views.T / temperature).masked_fill(rows[:, None] == rows, float("-inf"))
+        return nn.functional.cross_entropy(similarity, rows.roll(first.shape[0]))
 
 
 __all__ = ["explained_variance", "masked_mse", "nt_xent"]

@@ -13,7 +13,6 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_sane import SaneConfig
 from .blocks_sane import (
     LayerPath,
     SaneAttention,
@@ -23,6 +22,7 @@ from .blocks_sane import (
     layer_means,
     token_weight,
 )
+from .configuration_sane import SaneConfig
 from .losses_sane import explained_variance, masked_mse, nt_xent
 
 TOKEN_STATISTICS = 5
@@ -82,6 +82,8 @@ class SanePreTrainedModel(PreTrainedModel):
     main_input_name = "tokens"
     input_modalities = ()
     supports_gradient_checkpointing = True
+    # losses are means over a batch: the Trainer has to divide them by its gradient accumulation steps itself
+    accepts_loss_kwargs = False
     _no_split_modules = ["SaneLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -118,6 +120,10 @@ class SaneModel(SanePreTrainedModel):
         (torch.Size([2, 5, 4]), torch.Size([2, 5, 8]))
     """
 
+    _auto_class = "AutoModel"  # saves the code beside every model
+    # the heads of SaneForPreTraining, from whose checkpoints this loads, too
+    _keys_to_ignore_on_load_unexpected = [r"^(projection|statistics_head|behavior_head)\."]
+
     def __init__(self, config: SaneConfig):
         super().__init__(config)
         inputs = config.token_size + (TOKEN_STATISTICS if config.token_statistics else 0)
@@ -131,7 +137,9 @@ class SaneModel(SanePreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         layers = config.max_positions[1]
         self.encoder_path = LayerPath(layers, inputs, config.latent_size, True) if config.layer_path else None
-        self.decoder_path = LayerPath(layers, config.latent_size, config.token_size, True) if config.layer_path else None
+        self.decoder_path = (
+            LayerPath(layers, config.latent_size, config.token_size, True) if config.layer_path else None
+        )
         self.post_init()
 
     @merge_with_config_defaults
@@ -162,7 +170,8 @@ class SaneModel(SanePreTrainedModel):
         latents = self.latent_proj(hidden)
         if self.encoder_path is not None:
             latents = latents + self.encoder_path(embedded, positions[..., 1])
-        if self.config.latents_per_weight is not None and mask is not None:
+        if self.config.latents_per_weight is not None:
+            mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
             latents = self.keep_latents(latents, mask, self.config.latents_per_weight)
         weight = token_weight(latents, attention_mask)
         latents = latents * weight[..., None]
@@ -193,7 +202,7 @@ class SaneModel(SanePreTrainedModel):
             attention_mask: (B, T) bool, false on padded tokens.
 
         Returns:
-            (B, T, D) float; entries where the tokenizer pads carry no meaning and are dropped when decoding to weights.
+            (B, T, D) float; entries where the tokenizer pads mean nothing and are dropped when decoding to weights.
         """
         if positions is None:
             positions = default_positions(latents, self.positions.sizes)
@@ -247,6 +256,8 @@ class SaneModel(SanePreTrainedModel):
 class SaneForPreTraining(SanePreTrainedModel):
     """SANE with its training losses (paper, eqs. 2 to 4) and a self-supervised statistics head."""
 
+    _auto_class = "AutoModelForPreTraining"
+
     def __init__(self, config: SaneConfig):
         super().__init__(config)
         self.sane = SaneModel(config)
@@ -261,7 +272,9 @@ class SaneForPreTraining(SanePreTrainedModel):
         )
         layers = config.max_positions[1]
         self.statistics_head = (
-            LayerPath(layers, 2 * config.latent_size, config.statistics_size, False) if config.statistics_size else None
+            LayerPath(layers, 2 * config.latent_size, config.statistics_size, False)
+            if config.statistics_size
+            else None
         )
         self.behavior_head = (
             nn.Linear(layers * config.latent_size, config.behavior_size) if config.behavior_size else None
@@ -298,8 +311,14 @@ class SaneForPreTraining(SanePreTrainedModel):
             return_loss: compute losses.
 
         Raises:
-            ValueError: the config asks for contrast alone (gamma = 1) and no second view is given.
+            ValueError: the config asks for contrast alone (gamma = 1) and no second view is given; or, with
+                `original_parity`, windows that are not of its `window_size`.
         """
+        if self.config.original_parity and tokens.shape[1] != self.config.window_size:
+            raise ValueError(
+                f"windows have {tokens.shape[1]} tokens, but the projection head of an original checkpoint reads "
+                f"window_size={self.config.window_size} of them: cut them so, or load the checkpoint as SaneModel"
+            )
         if positions is None:
             positions = default_positions(tokens, self.sane.positions.sizes)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask

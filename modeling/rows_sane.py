@@ -20,7 +20,7 @@ COPIED_DTYPES = (
 ROW_FORMS = ("cut", "equal")
 NORM_STATISTICS = ("running_mean", "running_var")
 
-_NUMPY_DTYPES = {torch.float64: np.float64, torch.float32: np.float32}
+_NUMPY_DTYPES = {torch.float64: np.float64, torch.float32: np.float32, torch.bool: np.bool_}
 
 # For each tensor its shape and whether it is floating; the order is that of the state dict.
 Entries = dict[str, tuple[tuple[int, ...], bool]]
@@ -90,7 +90,7 @@ class LayerLayout:
 
 
 def describe(name: str, value: object) -> tuple[tuple[int, ...], bool]:
-    """Shape of a tensor, or of a shape given in its place, and whether it is floating and so tokenised.
+    """Shape of a tensor, and whether it is floating and so tokenised.
 
     Raises:
         `ValueError`: On a value that is no tensor, and on dtypes that have no exact place among tokens.
@@ -104,11 +104,14 @@ def describe(name: str, value: object) -> tuple[tuple[int, ...], bool]:
             f"Tensor {name!r} has dtype {value.dtype}, which cannot be tokenised. Convert it to one of "
             f"{', '.join(map(str, TOKENISED_DTYPES))}; integer and boolean tensors are carried along."
         )
-    if isinstance(value, (tuple, list)) and all(isinstance(size, int) and size >= 0 for size in value):
-        return tuple(value), True
     raise ValueError(
         f"{name!r} is {type(value).__name__}, not a tensor. Pass the state dict of a model, tensors only."
     )
+
+
+def is_shape(value: object) -> bool:
+    """Whether this is the shape of a tensor rather than a tensor."""
+    return isinstance(value, (tuple, list)) and all(isinstance(size, int) and size >= 0 for size in value)
 
 
 def readable(name: str, tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import BatchFeature
 from .files_sane import TokenizerFiles
 from .layout_sane import TokenLayout
 from .permutation_sane import PermutationGroups
-from .rows_sane import describe, fingerprint, layer_rows
+from .rows_sane import describe, fingerprint, layer_rows, zeros
 from .statistics_sane import LayerNormalizer, LayerStatistics, check_finite, gather
 
 StateDict = Mapping[str, Tensor]
@@ -136,7 +136,7 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
             parts.append(
                 {
                     "tokens": tokens,
-                    "mask": layout.mask(start, length).to(device).repeat(len(members), 1, 1),
+                    "mask": zeros(tokens.shape, torch.bool, device).copy_(layout.mask(start, length)),
                     "attention_mask": torch.ones(tokens.shape[:2], dtype=torch.bool, device=device),
                     "positions": layout.positions(start, length).to(device).repeat(len(members), 1, 1),
                 }
@@ -292,7 +292,12 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
             if not self.token_size:
                 widest = [TokenLayout.plan(network, 0, self.rows, self.ignore_norm).token_size for network in batch]
                 self.token_size = max(widest)
-            key = tuple([(name, tensor.shape, tensor.dtype) for name, tensor in weights.items()])
+            key = tuple(
+                [
+                    (name, tensor.shape, tensor.dtype) if isinstance(tensor, Tensor) else describe(name, tensor)
+                    for name, tensor in weights.items()
+                ]
+            )
             plan = self._plans.get(key)
             if plan is None:
                 layout = self._find_layout(weights)
