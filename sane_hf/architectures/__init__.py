@@ -48,4 +48,4 @@ def build(name: str, config: Config = None) -> nn.Module:
     return get_architecture(name).build(config)
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "build", "get_architecture"]
+__all__ = ["ARCHITECTURES", "Architecture", "Config", "build", "get_architecture"]

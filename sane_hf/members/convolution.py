@@ -27,8 +27,8 @@ def _patches(inputs: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -
 class _MemberConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
-        members, out_channels, _, *kernel = weight.shape
-        patches = _patches(inputs, tuple(kernel), stride)
+        members, out_channels, _, kernel_height, kernel_width = weight.shape
+        patches = _patches(inputs, (kernel_height, kernel_width), stride)
         out_height, out_width, batch = patches.shape[4:]
         columns = patches.reshape(members, -1, out_height * out_width * batch)  # copies: (M, C*k*k, h*w*B)
         kernels = weight.reshape(members, out_channels, -1)

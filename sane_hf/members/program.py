@@ -12,13 +12,14 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.fx.passes.shape_prop import ShapeProp
 
-from sane_hf.architectures import get_architecture
+from sane_hf.architectures import Config, get_architecture
 
 from .convolution import member_convolution
 
@@ -42,14 +43,14 @@ class _Tanh(torch.autograd.Function):
         return torch.ops.aten.tanh_backward(grad, outputs)
 
 
-_ELEMENTWISE = {nn.Tanh: _Tanh.apply, nn.ReLU: torch.relu}
-_FUNCTIONS = {
+_ELEMENTWISE: dict[type, Callable[[Tensor], Tensor]] = {nn.Tanh: _Tanh.apply, nn.ReLU: torch.relu}
+_FUNCTIONS: dict[object, Callable[[Tensor], Tensor]] = {
     torch.tanh: _Tanh.apply,
     torch.relu: torch.relu,
     nn.functional.tanh: _Tanh.apply,
     nn.functional.relu: torch.relu,
 }
-_ADDITIONS = {operator.add, torch.add}
+_ADDITIONS: set[object] = {operator.add, torch.add}
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,14 @@ def program(architecture: str, config_json: str) -> Program:
             result = node.args[0].name
         else:
             run = _rule(node, modules, architecture)
-            if isinstance(modules.get(node.target), nn.Dropout):
+            if isinstance(modules.get(str(node.target)), nn.Dropout):
                 dropouts[node.name] = math.prod(node.meta["tensor_meta"].shape[1:])
             steps.append(Step(node.name, tuple(argument.name for argument in node.all_input_nodes), run))
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     return Program(tuple(steps), source, result, dropouts, shapes)
 
 
-def without_dropout(architecture: str, config: str) -> str:
+def without_dropout(architecture: str, config: Config) -> str:
     """Return the configuration with dropout 0: networks that differ only there share a program."""
     declared = get_architecture(architecture)
     fields = dataclasses.asdict(declared.config(config))
@@ -130,40 +131,40 @@ def without_dropout(architecture: str, config: str) -> str:
 
 def _rule(node: fx.Node, modules: dict[str, nn.Module], architecture: str) -> _Run:
     """Return how one node of the traced graph runs for many networks."""
-    kind = type(modules[node.target]) if node.op == "call_module" else node.target
-    if node.op == "call_module":
-        name, layer = str(node.target), modules[node.target]
-        if kind is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros":
-            if isinstance(layer.padding, tuple):
-                return _convolution(name, layer)
-        elif kind is nn.Linear:
-            return _linear(name, layer)
-        elif kind is nn.Dropout:
-            return lambda weights, inputs, keep: _dropout(inputs[0], keep.get(node.name))
-        elif kind is nn.Flatten and layer.start_dim == 1 and layer.end_dim == -1:
-            return _flatten
-        elif kind is nn.Identity:
-            return lambda weights, inputs, keep: inputs[0]
-        elif kind in _ELEMENTWISE:
-            function = _ELEMENTWISE[kind]
-            return lambda weights, inputs, keep: function(inputs[0])
+    # exact types: a subclass may compute something else
+    name, layer = str(node.target), modules.get(str(node.target)) if node.op == "call_module" else None
+    if type(layer) is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros":
+        if isinstance(layer.padding, tuple):
+            return _convolution(name, layer)
+    elif type(layer) is nn.Linear:
+        return _linear(name, layer)
+    elif type(layer) is nn.Dropout:
+        return lambda weights, inputs, keep: _dropout(inputs[0], keep.get(node.name))
+    elif type(layer) is nn.Flatten and layer.start_dim == 1 and layer.end_dim == -1:
+        return _flatten
+    elif type(layer) is nn.Identity:
+        return lambda weights, inputs, keep: inputs[0]
+    elif type(layer) in _ELEMENTWISE:
+        function = _ELEMENTWISE[type(layer)]
+        return lambda weights, inputs, keep: function(inputs[0])
     elif node.op == "call_function":
         if node.target is torch.flatten and node.args[1:] == (1,) and not node.kwargs:
             return _flatten
         if node.target in _FUNCTIONS:
-            function = _FUNCTIONS[node.target]
-            return lambda weights, inputs, keep: function(inputs[0])
+            applied = _FUNCTIONS[node.target]
+            return lambda weights, inputs, keep: applied(inputs[0])
         if node.target in _ADDITIONS and len(node.all_input_nodes) == 2 and not node.kwargs:
             return lambda weights, inputs, keep: inputs[0] + inputs[1]
+    kind = type(layer).__name__ if layer is not None else getattr(node.target, "__name__", name)
     raise ValueError(
-        f"architecture {architecture!r}: layer {node.name!r} ({getattr(kind, '__name__', kind)}) has no rule for "
-        "running many networks at once; add one to sane_hf/members/program.py"
+        f"architecture {architecture!r}: layer {node.name!r} ({kind}) has no rule for running many networks at once; "
+        "add one to sane_hf/members/program.py"
     )
 
 
 def _convolution(name: str, layer: nn.Conv2d) -> _Run:
     weight, bias = f"{name}.weight", f"{name}.bias" if layer.bias is not None else None
-    stride, padding = layer.stride, layer.padding
+    stride, padding = cast(tuple[int, int], layer.stride), cast(tuple[int, int], layer.padding)
 
     def run(weights: dict[str, Tensor], inputs: list[Tensor], keep: dict[str, Tensor]) -> Tensor:
         return member_convolution(inputs[0], weights[weight], weights[bias] if bias else None, stride, padding)

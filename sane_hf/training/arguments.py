@@ -40,6 +40,8 @@ class ViewArguments:
 class BehaviorArguments:
     """Losses that look at what networks do. Off by default; they need the zoo's images, never labels.
 
+    The behavioural loss trains the decoder alone: through the encoder it crowds out what makes latents predict.
+
     Attributes:
         images: name of the image dataset that queries are drawn from; none switches everything here off.
         targets: teach the statistics head label-free behaviour (entropy, confidence, scale, output components).
@@ -47,9 +49,10 @@ class BehaviorArguments:
         weight: weight of the behavioural loss, the Kullback-Leibler divergence in nats between what the original and
             the decoded network answer; 0 switches it off.
         start: share of the training after which the behavioural loss sets in.
+        networks: networks of each batch that it looks at.
         queries: images per step.
         latent_noise: largest noise on the latents before decoding for the behavioural loss, in units of the latents'
-            standard deviation over the batch; each sample draws its own level below that.
+            standard deviation over the batch; each sample draws its own level below that, small ones more often.
     """
 
     images: str | None = None
@@ -57,7 +60,8 @@ class BehaviorArguments:
     components: int = 12
     weight: float = 0.0
     start: float = 0.5
-    queries: int = 64
+    networks: int = 32
+    queries: int = 32
     latent_noise: float = 0.0
 
     def __post_init__(self):

@@ -56,13 +56,11 @@ class SaneTrainer(Trainer):
     def _divergence(self, model, inputs, outputs, index) -> torch.Tensor:
         """Divergence of networks decoded from noised latents; each sample has its own noise level."""
         sane = self.accelerator.unwrap_model(model).sane
-        latents = outputs.latents[: len(index)]
-        decoded = outputs.reconstruction[: len(index)]
-        if self.behavior.latent_noise:
-            spread = latents.detach().std(dim=0)
-            level = torch.rand(len(index), 1, 1, device=latents.device) * self.behavior.latent_noise
-            noised = latents + level * spread * torch.randn_like(latents)
-            decoded = sane.decode(noised, inputs["positions"], inputs.get("attention_mask"))
+        latents = outputs.latents[: len(index)].detach()
+        index = index[: self.behavior.networks]
+        level = torch.rand(len(index), 1, 1, device=latents.device).square() * self.behavior.latent_noise
+        noise = level * latents.std(dim=0) * torch.randn_like(latents[: len(index)])
+        decoded = sane.decode(latents[: len(index)] + noise, inputs["positions"][: len(index)])
         return self.behavior_loss(decoded, inputs["labels"][: len(index)], index, self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

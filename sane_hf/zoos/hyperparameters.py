@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Hyperparameters:
     weight_decay: float = 0.0
     seed: int = 0
 
-    def config(self) -> dict[str, str | float]:
+    def config(self) -> dict[str, Any]:
         """Return the part that belongs to the architecture's configuration."""
         return {"activation": self.activation, "dropout": self.dropout}
 
@@ -70,7 +71,7 @@ def draw_hyperparameters(index: int, seed: int, fixed: bool = False) -> Hyperpar
     )
 
 
-def initialize(architecture: str, config: dict[str, str | float], initialization: str, seed: int) -> dict[str, Tensor]:
+def initialize(architecture: str, config: dict[str, Any], initialization: str, seed: int) -> dict[str, Tensor]:
     """Make the weights a network starts from.
 
     Args:
@@ -91,7 +92,7 @@ def initialize(architecture: str, config: dict[str, str | float], initialization
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state_dict = build(architecture, config).state_dict()
-        activation = str(config.get("activation", "relu"))
+        activation: Any = config.get("activation", "relu")
         gain = nn.init.calculate_gain(activation)
         for tensor in state_dict.values():
             if tensor.ndim < 2:

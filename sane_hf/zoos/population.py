@@ -82,7 +82,7 @@ class Population:
 
     def settings(self) -> dict[str, Any]:
         """Return all that determines the zoo, as JSON values: kept beside it to recognise what was built."""
-        varied = {"seed": "per network"}
+        varied: dict[str, Any] = {"seed": "per network"}
         if not self.fixed:
             varied |= {
                 "activation": list(hyper.ACTIVATIONS),
@@ -236,8 +236,9 @@ def _start_worker() -> None:
     parent = multiprocessing.parent_process()
 
     def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
+        if parent is not None:
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
 

@@ -1,0 +1,1 @@
+"""Jinja templates of the cards that are written beside models, zoos and generated networks."""

@@ -1,0 +1,21 @@
+"""Reading networks: embed them, and probe what the embeddings tell beside simple baselines."""
+
+from __future__ import annotations
+
+from sane_hf.analysis.metadata import metadata_features
+from sane_hf.analysis.probe import fit_probe, held_out_predictions, kendall_tau, probe, r2, score
+from sane_hf.analysis.readouts import READOUTS
+from sane_hf.analysis.statistics import weight_statistics, weight_statistics_names
+
+__all__ = [
+    "READOUTS",
+    "fit_probe",
+    "held_out_predictions",
+    "kendall_tau",
+    "metadata_features",
+    "probe",
+    "r2",
+    "score",
+    "weight_statistics",
+    "weight_statistics_names",
+]
