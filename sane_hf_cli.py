@@ -20,7 +20,7 @@ from rich.table import Table
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 # Modules that only the extra `analysis` installs.
-_ANALYSIS = ("lightgbm", "matplotlib", "sklearn")
+_ANALYSIS = ("matplotlib", "sklearn")
 
 
 class _OneLineErrors(typer.core.TyperGroup):

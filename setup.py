@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent
 # Folder of the checkout -> package that it becomes.
 HOUSED = {"modeling": "sane_hf.modeling", "model_cards": "sane_hf.model_cards", "recipes": "sane_hf.recipes"}
 
-# Lower bounds are the oldest releases that the test suite ran with; upper bounds stand where the next major release
-# is known to rename what we call.
+# Lower bounds, the app's apart, are the oldest releases that the tests ran with; upper bounds stand where a next major
+# release is known to rename what we call.
 BASE = [
     "torch>=2.13",
     "transformers>=5.23,<6",
@@ -33,14 +33,14 @@ BASE = [
     "rich>=13.8",
     "tqdm>=4.66.3",
 ]
-ANALYSIS = ["scikit-learn>=1.5", "lightgbm>=4.5", "matplotlib>=3.9"]
+ANALYSIS = ["scikit-learn>=1.7", "matplotlib>=3.9"]
 APP = ["gradio>=6.16"]
 DEV = [
     *ANALYSIS,
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest>=8.3",
-    "ruff>=0.11",
+    "ruff>=0.13",
     "setuptools>=77",
 ]
 

@@ -29,7 +29,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     out = arguments.out or Path("zoos") / ("digits-cnn-seeds" if arguments.fixed else "digits-cnn")
-    networks = arguments.networks or (500 if arguments.fixed else 1000)
+    networks = arguments.networks if arguments.networks is not None else 500 if arguments.fixed else 1000
     started = time.monotonic()
     try:
         population = Population(

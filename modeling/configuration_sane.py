@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     # code travels whichever class is saved, and again when what was loaded from there is saved.
     from .modeling_sane import SaneModel  # noqa: F401
     from .pipeline_sane import WeightFeatureExtractionPipeline  # noqa: F401
+    from .tokenization_sane import WeightTokenizer  # noqa: F401
 
 # Remote users load every class from the same files, whichever class was saved.
 AUTO_MAP = {

@@ -156,7 +156,8 @@ class WeightFeatureExtractionPipeline(ChunkPipeline):
         weights = self.canonical(weights, layout)
         if window is None and self.model.config.window_size is not None:
             window = max(1, self.model.config.window_size - 2 * halo)
-        for start, stop, keep, keep_stop in plan_windows(layout.num_tokens, window or layout.num_tokens, halo):
+        plan = plan_windows(layout.num_tokens, layout.num_tokens if window is None else window, halo)
+        for start, stop, keep, keep_stop in plan:
             tokens = dict(self.tokenizer(weights, start=start, length=stop - start))
             index = torch.arange(start, stop)[None]
             kept = (index >= keep) & (index < keep_stop)

@@ -183,7 +183,7 @@ def encode_flat(
 
 def base_model(model: SanePreTrainedModel) -> SaneModel:
     """The encoder and decoder inside a model with heads, or the model itself."""
-    return getattr(model, model.base_model_prefix, model)
+    return model if isinstance(model, SaneModel) else getattr(model, model.base_model_prefix)
 
 
 def _load(
@@ -206,7 +206,7 @@ def _readout(readout: str | Readout) -> Readout:
 
 
 def _aligned(flat: Tensor, layout: TokenLayout, tokenizer: WeightTokenizer) -> Tensor:
-    groups, reference = (known.get(layout.fingerprint) for known in (tokenizer.groups, tokenizer.references))
+    groups, reference = tokenizer.groups.get(layout.fingerprint), tokenizer.references.get(layout.fingerprint)
     if groups is None or reference is None:
         logger.warning(
             "embedding weights as they are: the tokenizer knows no permutation groups and reference for this "

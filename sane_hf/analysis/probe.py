@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,11 +13,6 @@ from sane_hf.analysis.trees import fit_trees
 
 SPLITS = ("train", "validation", "test")
 Features = np.ndarray | Mapping[str, np.ndarray]  # one array for all targets, or one for each
-# A learner takes (train features, train targets, validation features, validation targets, seed).
-LEARNERS = {
-    "ridge": lambda *data, seed: fit_ridge(*data),
-    "trees": lambda *data, seed: fit_trees(*data, seed=seed),
-}
 
 
 class FittedProbe(Protocol):
@@ -25,6 +20,13 @@ class FittedProbe(Protocol):
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """(n, F) features to (n, K) predictions."""
+
+
+# A learner takes (train features, train targets, validation features, validation targets, seed).
+LEARNERS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int], FittedProbe]] = {
+    "ridge": lambda x, y, x_validation, y_validation, seed: fit_ridge(x, y, x_validation, y_validation),
+    "trees": fit_trees,
+}
 
 
 def check_split(split: Sequence[str] | np.ndarray, model_ids: Sequence | np.ndarray) -> np.ndarray:
@@ -137,7 +139,7 @@ def fit_probe(
         raise ValueError(f"learner={learner!r} is unknown: choose one of {', '.join(LEARNERS)}")
     targets = np.asarray(targets, np.float64).reshape(len(targets), -1)
     train, validation = split == "train", split == "validation"
-    return LEARNERS[learner](features[train], targets[train], features[validation], targets[validation], seed=seed)
+    return LEARNERS[learner](features[train], targets[train], features[validation], targets[validation], seed)
 
 
 def held_out_predictions(

@@ -23,7 +23,7 @@ from .errors import CheckpointError
 try:
     import fcntl
 except ImportError:  # not on Windows: siblings get random names there, and stay if a process is killed
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux' renameat2
 _AT_FDCWD = -100

@@ -23,7 +23,7 @@ _SMALL_FLOATS = {
 }
 # dtypes that hold codes, by safetensors name; a float under these names is an ordinary weight
 _CODES = {"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "F4", "F8_E5M2", "F8_E4M3"}
-_CODE_LEAVES = ("qweight", "qzeros", "weight_packed", "SCB", "quant_map", "nested_quant_map", "in_proj_qweight")
+_CODE_LEAVES = ("qweight", "qzeros", "weight_packed")
 # a tensor of codes has its scale under its own name with one of these endings, or beside it
 _SCALES = (
     "_scale",

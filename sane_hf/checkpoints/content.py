@@ -141,7 +141,7 @@ def refuse_kind(kind: str, head: bytes, size: int, path: str | os.PathLike[str])
         fix = "check the address and your login, then download it again"
         raise CheckpointError("E_NOT_A_CHECKPOINT", path, None, "looks like a web page", expected, fix)
     if kind == "lfs":
-        oid, real = (group.decode("ascii", "replace") for group in _LFS.match(head).groups())  # type: ignore[union-attr]
+        oid, real = (group.decode("ascii", "replace") for group in _LFS.match(head).groups())
         found = f"a git-LFS pointer to {quote(oid)} of {int(real[:20])} bytes, not the file itself"
         fix = "run `git lfs pull` in its repository, or `hf download`"
         raise CheckpointError("E_LFS_POINTER", path, None, found, expected, fix)

@@ -19,6 +19,22 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _DIGITS = re.compile(r"([0-9]+)")
 
 
+def is_unicode(name: str) -> bool:
+    """Tell whether a text can be written as UTF-8: JSON and pickles can smuggle in halves of surrogate pairs.
+
+    Args:
+        name: Any text.
+
+    Returns:
+        False if there is such a half in it.
+
+    Example:
+        >>> is_unicode("é"), is_unicode("\\ud800")
+        (True, False)
+    """
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 @functools.lru_cache(maxsize=8192)
 def natural_key(name: str) -> tuple:
     """Sort key under which ``layer2`` stands before ``layer10``: numbers by value, then component by component.

@@ -51,7 +51,7 @@ def load_checkpoint(
         {'fc.weight': tensor([[1., 1.]]), 'fc.bias': tensor([0.])}
     """
     target = Path(path)
-    if target.is_dir():
+    if os.path.isdir(target):
         target = find_in_folder(target)
 
     def load(file: Path) -> dict[str, torch.Tensor]:

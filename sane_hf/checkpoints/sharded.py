@@ -19,7 +19,7 @@ from .errors import CheckpointError, quote, quote_all
 from .files import open_regular
 from .header import LIMITS, HeaderLimits
 from .header_reading import read_header
-from .names import natural_sort, strip_wrappers
+from .names import is_unicode, natural_sort, strip_wrappers
 from .strict_json import parse_json
 
 _INDEX_BYTES = 10 << 20
@@ -47,7 +47,7 @@ def find_in_folder(folder: Path) -> Path:
     _refuse_quantised_config(folder)
     for suffix, usual in ((".safetensors", "model"), (".bin", "pytorch_model")):
         for name in (f"{usual}{suffix}", f"{usual}{suffix}.index.json"):
-            if (folder / name).exists():
+            if os.path.exists(folder / name):
                 return folder / name
         found = sorted(folder.glob(f"*{suffix}.index.json"))
         if not found:
@@ -66,12 +66,11 @@ def find_in_folder(folder: Path) -> Path:
 
 def _refuse_quantised_config(folder: Path) -> None:
     config = folder / "config.json"
-    if not config.is_file() or config.stat().st_size > _INDEX_BYTES:
-        return
     try:
-        values = json.loads(config.read_bytes())
+        with open_regular(config) as file:
+            values = json.loads(file.read(_INDEX_BYTES))
     except (ValueError, RecursionError):
-        return  # not needed to read the weights
+        return  # not there or damaged: the weights do not need it
     quantisation = values.get("quantization_config") if isinstance(values, dict) else None
     if quantisation:
         method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else ""
@@ -100,7 +99,7 @@ def load_sharded(
     # transformers' pickles have an index of their own kind; safetensors never names pickles
     suffix = ".bin" if allow_pickle and index.name.endswith(".bin.index.json") else ".safetensors"
     shards = _shard_paths(index, weight_map, suffix)
-    missing = [name for name, path in shards.items() if not path.is_file()]
+    missing = [name for name, path in shards.items() if not os.path.isfile(path)]
     if missing:
         found = f"{len(missing)} of {len(shards)} shards are not there: {quote_all(missing)}"
         raise CheckpointError("E_SHARD_MISSING", index, None, found, "all shards beside the index", _AGAIN)
@@ -141,21 +140,21 @@ def _read_index(index: Path) -> tuple[dict[str, str], int | None]:
 
 
 def _shard_paths(index: Path, weight_map: dict[str, str], suffix: str) -> dict[str, Path]:
-    folder = index.parent
-    allowed = [folder.resolve()]
-    if (
-        folder.resolve().parent.name == "snapshots"
-    ):  # the Hub's cache: files are links into blobs/ of the same repository
-        allowed.append(folder.resolve().parents[1] / "blobs")
+    folder = os.path.realpath(index.parent)
+    allowed = [folder]
+    repository, snapshots = os.path.split(os.path.dirname(folder))
+    if snapshots == "snapshots":  # the Hub's cache: files are links into blobs/ of the same repository
+        allowed.append(os.path.join(repository, "blobs"))
     paths = {}
     for shard in dict.fromkeys(weight_map.values()):
         pure = PureWindowsPath(shard)  # understands both systems' separators, drives and roots
-        wrong = not pure.name or pure.drive or pure.root or ".." in pure.parts or "\0" in shard
-        if wrong or pure.suffix != suffix:
-            what = "leads out of the folder" if wrong else f"does not end in {suffix}"
-            _refuse_path(index, shard, what)
-        path = folder.joinpath(*pure.parts)
-        if not any(path.resolve().is_relative_to(root) for root in allowed):
+        wrong = not pure.name or pure.drive or pure.root or ".." in pure.parts
+        if wrong or "\0" in shard or not is_unicode(shard):
+            _refuse_path(index, shard, "leads out of the folder" if wrong else "is no name of a file")
+        if pure.suffix != suffix:
+            _refuse_path(index, shard, f"does not end in {suffix}")
+        path = index.parent.joinpath(*pure.parts)
+        if not any(Path(os.path.realpath(path)).is_relative_to(root) for root in allowed):
             _refuse_path(index, shard, "is a link that leads out of the folder")
         paths[shard] = path
     return paths

@@ -13,7 +13,7 @@ import torch
 from .checks import refuse_quantised
 from .errors import CheckpointError, quote, quote_all
 from .header import LIMITS
-from .names import tied_groups
+from .names import is_unicode, tied_groups
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def _tensors_of(content: dict, trail: list[str], path: str | os.PathLike[str]) -
     for name in tensors:
         if not isinstance(name, str):
             _refuse(path, f"{_where(trail)} names a tensor {quote(name)}, which is no text", "texts as names")
-        if len(name.encode("utf-8", "surrogatepass")) > LIMITS.name_bytes or not _is_unicode(name):
+        if len(name.encode("utf-8", "surrogatepass")) > LIMITS.name_bytes or not is_unicode(name):
             fix = "rename the tensor where the file was made"
             found = "a tensor name that is too long or not Unicode"
             raise CheckpointError("E_NAME", path, name, found, f"at most {LIMITS.name_bytes} bytes", fix)
@@ -155,10 +155,6 @@ def _tensors_of(content: dict, trail: list[str], path: str | os.PathLike[str]) -
     if others:
         logger.info("%s: entries that are no tensors are left out: %s", path, quote_all(others, 5))
     return tensors
-
-
-def _is_unicode(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def plain_tensors(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from .atomic import atomic_file, write_error
-from .checks import refuse_quantised
+from .checks import check_quantised, refuse_quantised
 from .errors import CheckpointError, quote
 from .header import LIMITS
 from .names import ORDER_KEY, TIED_KEY, natural_sort, tied_groups, wrapper_prefix
@@ -89,6 +89,7 @@ def _header(
         raise CheckpointError("E_NO_TENSORS", path, None, "an empty state dict", "at least one tensor", "")
     for name, tensor in state_dict.items():
         _check_tensor(name, tensor, path)
+    check_quantised({name: _CODES[tensor.dtype] for name, tensor in state_dict.items()}, path)
     aliases = {name: group[0] for group in tied_groups(state_dict) for name in group[1:]}
     stored = [name for name in state_dict if name not in aliases]
     stored.sort(key=lambda name: -state_dict[name].dtype.itemsize)

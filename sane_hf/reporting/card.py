@@ -25,15 +25,16 @@ def write_card(folder: Path, metrics: Mapping[str, Any], facts: Mapping[str, Any
     Returns:
         The file.
     """
+    published = not Path(facts["source"]).exists()  # only what is on the Hub can be linked there
     data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=TAGS,
-        datasets=None if Path(facts["source"]).exists() else [facts["source"]],  # the Hub links what stands here
+        datasets=[facts["source"]] if published else None,
         metrics=["r_squared", "accuracy"],
         model_name=facts["model_name"],
-        eval_results=evaluation_results(metrics, facts["source"], facts["zoo_name"]),
+        eval_results=evaluation_results(metrics, facts["source" if published else "zoo_name"], facts["zoo_name"]),
     )
     template = resources.files("sane_hf.model_cards").joinpath("sane_card.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(data, template_str=template, metrics=metrics, **facts)
@@ -47,7 +48,7 @@ def evaluation_results(metrics: Mapping[str, Any], dataset: str, dataset_name: s
 
     Args:
         metrics: content of metrics.json.
-        dataset: Hub id or folder of the zoo.
+        dataset: Hub id of the zoo, or its name where it is not published.
         dataset_name: its name.
 
     Returns:

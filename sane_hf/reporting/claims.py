@@ -38,7 +38,7 @@ def check_claims(metrics: Mapping[str, Any], held_out: Mapping[str, float]) -> l
         ...          "distance_to_decoded": 0.1, "noise_accuracy": 0.96, "average_accuracy": 0.8}
         >>> metrics = {"probe": probe, "probe_trained": probe, "generation": [point],
         ...            "scratch": {"accuracy_epoch_1": 0.4},
-        ...            "reconstruction": {"latents_per_weight": 1.0, "anchor_accuracy": 0.97, "decoded_accuracy": 0.95}}
+        ...            "reconstruction": dict(latents_per_weight=1.0, anchor_accuracy=0.97, decoded_accuracy=0.95)}
         >>> [claim.reached for claim in check_claims(metrics, {"original": 0.8, "decoded": 0.7})]
         [True, True, False, True, False, True, True]
     """
@@ -85,16 +85,14 @@ def _sampling_claims(points: Sequence[Mapping[str, Any]], scratch: Mapping[str, 
     ]
     for name, key in (("noise", "noise_accuracy"), ("averaging", "average_accuracy")):
         margins = [point["accuracy_epoch_0"] - point[key] for point in points]
-        lost = [point for point, margin in zip(points, margins, strict=True) if margin <= 0]
-        figures = ", ".join(
-            f"{percent(point['accuracy_epoch_0'])} against {percent(point[key])} at {point['distance_to_decoded']:.2f}"
-            for point in (lost or points)
-        )
+        least = points[min(range(len(points)), key=margins.__getitem__)]
+        lost = sum(margin <= 0 for margin in margins)
         claims.append(
             Claim(
                 f"Samples are better than {name} at equal distance, at every bandwidth",
                 not lost,
-                (f"behind at {len(lost)} of {len(points)} bandwidths: " if lost else "") + figures,
+                (f"behind at {lost} of {len(points)} bandwidths, most" if lost else "least")
+                + f" at {least['bandwidth']:g}: {percent(least['accuracy_epoch_0'])} against {percent(least[key])}",
             )
         )
     behind = [point for point in points if point["accuracy_epoch_1"] <= scratch["accuracy_epoch_1"]]

@@ -1,4 +1,4 @@
-"""Stage: new networks from the latents of good ones, beside noise and averaging at equal distance, and from scratch."""
+"""Stage: new networks from the latents of good ones, beside noise, averaging and training from scratch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sane_hf.analysis.embed import encode_flat
 from sane_hf.generation import SAMPLERS, compare_at_distance, independent_distance, nearest_distance, outcome
-from sane_hf.members import stack, train
+from sane_hf.members import train
 from sane_hf.reporting.subject import Subject, decode_latents
 from sane_hf.zoos.hyperparameters import initialize
 
@@ -19,7 +19,7 @@ BANDWIDTHS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 OTHERS = (("kde_independent", 0.1), ("interpolation", 0.5))  # for comparison, one point each
 QUICK_BANDWIDTHS = (0.1, 0.5)
 DRAWN, KEPT = 50, 10
-FINE_TUNING = {"learning_rate": 1e-3, "batch_size": 32}
+LEARNING_RATE, BATCH_SIZE = 1e-3, 32
 
 
 def generation(subject: Subject, seed: int, quick: bool = False) -> dict[str, Any]:
@@ -111,7 +111,15 @@ class _Bench:
         networks = subject.stacked(subject.denormalize(normalized))
         seeds = [self.seed * DRAWN + index for index in range(len(normalized))]
         trained = train(
-            subject.zoo.architecture, configs, networks, images.images, images.labels, 1, seeds=seeds, **FINE_TUNING
+            subject.zoo.architecture,
+            configs,
+            networks,
+            images.images,
+            images.labels,
+            epochs=1,
+            learning_rate=LEARNING_RATE,
+            batch_size=BATCH_SIZE,
+            seeds=seeds,
         )
         return float(subject.accuracy(trained, configs).mean())
 

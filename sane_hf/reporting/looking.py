@@ -50,12 +50,13 @@ def layer_moves(subject: Subject, layer_means: np.ndarray) -> LayerMoves:
         layer_means: (n, L, Z) layer-wise embeddings.
 
     Returns:
-        Quartiles over test networks, in units of the mean distance between two of them at that layer at the last epoch.
+        Quartiles over test networks, in units of the mean distance between two of them at that layer, last epoch.
     """
     rows = subject.rows("test")
-    epochs = np.unique(subject.epochs[rows])
-    models = np.unique(subject.model_ids[rows])
-    place = {(model, epoch): row for row, model, epoch in zip(rows, subject.model_ids[rows], subject.epochs[rows], strict=True)}
+    epochs = np.unique(subject.epochs[rows]).tolist()
+    models = np.unique(subject.model_ids[rows]).tolist()
+    keys = zip(subject.model_ids[rows].tolist(), subject.epochs[rows].tolist(), strict=True)
+    place = dict(zip(keys, rows.tolist(), strict=True))
     whole = [model for model in models if all((model, epoch) in place for epoch in epochs)]
     index = np.array([[place[model, epoch] for epoch in epochs] for model in whole])  # (M, E)
     trajectories = layer_means[index].astype(np.float64)  # (M, E, L, Z)
@@ -63,4 +64,5 @@ def layer_moves(subject: Subject, layer_means: np.ndarray) -> LayerMoves:
     last = trajectories[:, -1]
     apart = np.linalg.norm(last[:, None] - last[None], axis=-1).sum(axis=(0, 1)) / max(1, len(last) * (len(last) - 1))
     distances = np.quantile(moved / np.where(apart > 0, apart, 1), [0.25, 0.5, 0.75], axis=0)
-    return LayerMoves([layer.name for layer in subject.layout.layers], epochs, distances)
+    names = [layer.name.removesuffix(".weight") for layer in subject.layout.layers]
+    return LayerMoves(names, np.array(epochs), distances)

@@ -148,7 +148,7 @@ def plot_layers(
             color = PALETTE[index % len(PALETTE)]
             axes[0].plot(epochs, distances[1, :, index], color=color, marker="o", markersize=3.5, label=layer)
             axes[0].fill_between(epochs, distances[0, :, index], distances[2, :, index], color=color, alpha=0.13)
-        axes[0].set(xlabel="epoch", ylabel="distance to epoch 0 / between networks", ylim=(0, None))
+        axes[0].set(xlabel="epoch", ylabel="distance to epoch 0 (relative)", ylim=(0, None))
         axes[0].set_title("How far each layer moves")
         axes[0].legend()
         width = 0.8 / len(scores)
@@ -158,7 +158,9 @@ def plot_layers(
         axes[1].set_xticks(range(len(layers)), layers, rotation=30, ha="right")
         axes[1].axhline(0, color=GREY, linewidth=0.8)
         axes[1].set(ylabel="R², ridge, trained epochs", title="What one layer's embedding predicts")
-        axes[1].legend()
+        low, high = axes[1].get_ylim()
+        axes[1].set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the bars
+        axes[1].legend(ncols=len(scores), loc="upper left", columnspacing=1, handlelength=1.2)
 
 
 def plot_samples(
@@ -181,11 +183,13 @@ def plot_samples(
     with panels(path, width=1.8) as (axis,):
         for number, ((label, (x, y)), (color, marker, line)) in enumerate(zip(curves.items(), styles, strict=False)):
             order = np.argsort(x)
-            x, y = np.asarray(x)[order], np.asarray(y)[order]
+            distances, accuracies = np.asarray(x)[order], np.asarray(y)[order]
             width, size = (1.5, 4) if number else (2.8, 7)
-            axis.plot(x, y, line, color=color, marker=marker, markersize=size, linewidth=width, label=label)
-            for note, xi, yi in zip(() if number else np.asarray(notes)[order], x, y, strict=False):
-                axis.annotate(note, (xi, yi), textcoords="offset points", xytext=(5, 6), fontsize=8, color=color)
+            style = {"color": color, "marker": marker, "markersize": size, "linewidth": width}
+            axis.plot(distances, accuracies, line, label=label, **style)
+            if number == 0:
+                for note, *point in zip(np.asarray(notes)[order], distances, accuracies, strict=True):
+                    axis.annotate(note, point, textcoords="offset points", xytext=(5, 6), fontsize=8, color=color)
         axis.axhline(anchors, color=GREY, linewidth=1)
         axis.axhline(scratch, color=GREY, linewidth=1, linestyle=":")
         right = axis.get_xlim()[1]

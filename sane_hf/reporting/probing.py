@@ -33,9 +33,7 @@ def embedding(subject: Subject) -> dict[str, np.ndarray]:
     parts = []
     layers = subject.layout.layer_of_token()
     for start in range(0, len(subject.flat), 1024):
-        latents = encode_flat(
-            subject.flat[start : start + 1024], subject.layout, subject.model, subject.tokenizer
-        )
+        latents = encode_flat(subject.flat[start : start + 1024], subject.layout, subject.model, subject.tokenizer)
         real = latents.new_ones(latents.shape[:2]).bool()
         parts.append(per_layer_mean(latents, real, layers.expand(real.shape)).numpy())
     return {"layer_means": np.concatenate(parts)}

@@ -1,4 +1,4 @@
-"""Stage: what is left of networks after encoding and decoding, at several compressions, beside noise of equal error."""
+"""Stage: what is left of networks after encoding and decoding, by compression, beside noise of equal error."""
 
 from __future__ import annotations
 
@@ -104,9 +104,7 @@ def latents_per_weight(subject: Subject, budget: float | None = None) -> float:
     return float(kept.sum() / subject.layout.num_weights)
 
 
-def with_noise_of_equal_error(
-    subject: Subject, flat: Tensor, decoded: Tensor, generator: torch.Generator
-) -> Tensor:
+def with_noise_of_equal_error(subject: Subject, flat: Tensor, decoded: Tensor, generator: torch.Generator) -> Tensor:
     """Networks with Gaussian noise of the length of their reconstruction error, in units of the layers' deviations.
 
     Args:

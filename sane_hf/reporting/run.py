@@ -94,7 +94,6 @@ def report(run_dir: str | Path, zoo: str | None = None, seed: int = 0, quick: bo
     held_out = {"original": decoded["full"]["test_accuracy"], "decoded": decoded["full"]["test_decoded_accuracy"]}
     claims = check_claims(metrics, held_out)
     _draw(folder, subject, layer_means, probed, decoded, generated)
-    write_json_atomic(folder / "metrics.json", metrics)
     facts = _facts(folder, subject, metrics, layer_means, training)
     _write_page(folder, facts, claims, metrics, probed, decoded, generated)
     tables = {
@@ -103,6 +102,7 @@ def report(run_dir: str | Path, zoo: str | None = None, seed: int = 0, quick: bo
         "figures_table": figures_table(metrics),
     }
     write_card(folder, metrics, {**facts, **tables})
+    write_json_atomic(folder / "metrics.json", metrics)  # last: where it stands, the report is whole
     console = Console()
     console.print(terminal_table(claims, str(folder)))
     console.print(f"Read {folder / 'report.md'}; figures in {folder / 'metrics.json'}, plots in {folder / 'plots'}")
@@ -130,7 +130,10 @@ def _draw(
         {target: columns[target][test] for target in TARGETS},
         {learner: {target: probed[f"{learner}_{target}"] for target in TARGETS} for learner in learners},
         subject.epochs[test],
-        {learner: {t: "R² {r2:.3f}, τ {tau:.2f}".format(**found[t]["latents"]) for t in TARGETS} for learner, found in scores.items()},
+        {
+            learner: {target: "R² {r2:.3f}, τ {tau:.2f}".format(**found[target]["latents"]) for target in TARGETS}
+            for learner, found in scores.items()
+        },
     )
     points, shares = embedding_map(subject, layer_means.reshape(len(layer_means), -1))
     colors = {"test accuracy": columns["test_accuracy"][test], "epoch": subject.epochs[test]}
@@ -175,9 +178,8 @@ def _facts(
     state = json.loads((folder / "trainer_state.json").read_text())
     return {
         "run_name": folder.name,
-        "run_dir": str(folder),
         "model_name": folder.name,
-        "model_path": str(folder),
+        "model_path": folder.name if folder.is_absolute() else folder.as_posix(),
         "source": subject.source,
         "zoo_name": subject.zoo.name,
         "architecture": subject.zoo.architecture,

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Result = dict[str, Any]  # JSON values, and numpy arrays at the top level
 
 # The rooms whose code decides a figure. A change in any of them makes kept results stale.
-ROOMS = ("modeling", "symmetry", "members", "generation", "analysis")
+ROOMS = ("modeling", "architectures", "symmetry", "members", "zoos", "generation", "analysis")
 
 
 class Stages:
@@ -122,7 +122,8 @@ def hash_files(files: Iterable[Path]) -> str:
 
 def _code_hash() -> str:
     package = Path(sane_hf.__file__).parent
-    files = [*(path for room in ROOMS for path in (package / room).glob("*.py")), *Path(__file__).parent.glob("*ing.py")]
+    files = [path for room in ROOMS for path in (package / room).glob("*.py")]
+    files += [Path(__file__).with_name("subject.py"), *Path(__file__).parent.glob("*ing.py")]
     return hash_files(sorted(files))
 
 

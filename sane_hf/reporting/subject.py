@@ -17,7 +17,7 @@ from sane_hf.members import evaluate
 from sane_hf.modeling import TokenLayout, WeightTokenizer, flat_from_tokens
 from sane_hf.modeling.modeling_sane import SaneForPreTraining, SaneModel
 from sane_hf.reporting.stages import hash_files
-from sane_hf.zoos import ImageSplits, load_images, zoo_info
+from sane_hf.zoos import SPLITS, ImageSplits, load_images, zoo_info
 from sane_hf.zoos.matrix import ZooMatrix, load_matrix
 
 ANCHORS = 20
@@ -52,14 +52,17 @@ class Subject:
 
     @property
     def split(self) -> np.ndarray:
+        """(n,) "train", "validation" or "test"."""
         return self.zoo.columns["split"]
 
     @property
     def model_ids(self) -> np.ndarray:
+        """(n,) the model of each checkpoint."""
         return self.zoo.columns["model_id"]
 
     @property
     def epochs(self) -> np.ndarray:
+        """(n,) the epoch of each checkpoint."""
         return self.zoo.columns["epoch"]
 
     @cached_property
@@ -136,7 +139,8 @@ def load_subject(run_dir: str | Path, zoo: str | None = None) -> Subject:
         Model and zoo.
 
     Raises:
-        ValueError: if the folder holds no finished run, or the tokenizer was fitted on another architecture.
+        ValueError: if the folder holds no finished run, the zoo has an empty split or names no images, or the
+            tokenizer was fitted on another architecture.
     """
     folder = Path(run_dir)
     needed = ("recipe.yaml", "config.json", "model.safetensors", "tokenizer_config.json", "training.json")
@@ -147,11 +151,16 @@ def load_subject(run_dir: str | Path, zoo: str | None = None) -> Subject:
     source = zoo or recipe["zoo"]
     matrix = load_matrix(source, recipe.get("split_seed"))
     info = zoo_info(source)
+    for split in SPLITS:
+        if split not in matrix.columns["split"]:
+            raise ValueError(f"{source}: its {split} split is empty, and a report needs all of {', '.join(SPLITS)}")
+    if "images" not in info["build"]:
+        raise ValueError(f"{source}: its zoo.json names no images, and a report runs networks on them")
     model = SaneForPreTraining.from_pretrained(folder).sane.eval()
     tokenizer = WeightTokenizer.from_pretrained(folder)
-    layout = tokenizer.layout(matrix.layout.unflatten(matrix.reference))
-    if layout.keys != matrix.layout.keys:
-        raise ValueError(f"{folder}: its tokenizer orders the tensors of {source} otherwise: train on this zoo anew")
+    layout = tokenizer.layouts.get(matrix.layout.fingerprint)
+    if layout is None or layout.keys != matrix.layout.keys:
+        raise ValueError(f"{folder}: its tokenizer was fitted on another architecture than that of {source}")
     content = {
         "model": hash_files(folder / name for name in needed[1:4]),
         "zoo": info["content_hash"],

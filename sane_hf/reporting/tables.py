@@ -37,10 +37,7 @@ def probe_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """One probe of metrics.json: a row per feature set, R² and Kendall's tau of every target."""
     targets = [target for target in TARGET_NAMES if target in scores]
     features = [name for name in FEATURE_NAMES if name in scores[targets[0]]]
-    rows = [
-        [FEATURE_NAMES[name], *(_r2_tau(scores[target][name]) for target in targets)]
-        for name in features
-    ]
+    rows = [[FEATURE_NAMES[name], *(_r2_tau(scores[target][name]) for target in targets)] for name in features]
     return markdown_table(["features", *(f"{TARGET_NAMES[target]}, R² (τ)" for target in targets)], rows)
 
 

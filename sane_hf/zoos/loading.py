@@ -42,7 +42,10 @@ def load_zoo(name_or_path: str | os.PathLike[str], split: str | None = None) -> 
         ValueError: no zoo there, an unknown split, a column missing, a zoo without a checkpoint, or (all splits) a
             model in two splits, naming it.
     """
-    found = datasets.load_dataset(_source(name_or_path))
+    try:
+        found = datasets.load_dataset(_source(name_or_path))
+    except OSError as error:
+        raise _not_found(name_or_path, error) from error
     if split is not None and split not in found:
         raise ValueError(f"the zoo {name_or_path} has no split {split!r}; it has {list(found)}")
     check_splits(found, name_or_path)
@@ -68,7 +71,10 @@ def zoo_info(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     if Path(source).is_dir():
         path = Path(source) / "zoo.json"
     else:
-        path = Path(huggingface_hub.hf_hub_download(source, "zoo.json", repo_type="dataset"))
+        try:
+            path = Path(huggingface_hub.hf_hub_download(source, "zoo.json", repo_type="dataset"))
+        except OSError as error:
+            raise _not_found(name_or_path, error) from error
     info = json.loads(path.read_text(encoding="utf-8"))
     if info["version"] > ZOO_VERSION:
         raise ValueError(
@@ -153,9 +159,17 @@ def _source(name_or_path: str | os.PathLike[str]) -> str:
             raise ValueError(f"{path} is no zoo: it has no zoo.json")
         return str(path)
     name = os.fspath(name_or_path)
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1 or name.split("/")[0] == "zoos":
-        raise ValueError(f"there is no zoo at {name}; datasets_scripts/ builds zoos")
+    # what lies in a folder that exists here was meant to be here, and is not looked for on the Hub
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or ("/" in name and path.parent.is_dir()):
+        raise ValueError(f"there is no zoo at {name}; the scripts in datasets_scripts/ build zoos")
     return name
+
+
+def _not_found(name_or_path: str | os.PathLike[str], error: OSError) -> ValueError:
+    return ValueError(
+        f"there is no folder {name_or_path} here, and no such dataset could be read from the Hub ({error}); "
+        "the scripts in datasets_scripts/ build zoos"
+    )
 
 
 def _decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -144,9 +144,12 @@ def train_population(
         Whether anything was built: False if the finished zoo was there already.
 
     Raises:
-        ValueError: `out` holds something else, or a zoo (finished or not) of other settings, naming the first that
-            differs.
+        ValueError: `workers` below 1; `out` holds something else, or a zoo (finished or not) of other settings,
+            naming the first that differs.
     """
+    workers = _cores() if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, found {workers}")
     out = Path(out)
     building = out.parent / f".{out.name}.building"
     settings = population.settings()
@@ -164,7 +167,7 @@ def train_population(
         write_json_atomic(building / "settings.json", settings)
     chunks = population.chunks()
     paths = [building / f"chunk-{number:05d}.safetensors" for number in range(len(chunks))]
-    _train_chunks(population, chunks, paths, workers or _cores(), progress)
+    _train_chunks(population, chunks, paths, workers, progress)
     _assemble(out, population, settings, chunks, paths)
     shutil.rmtree(building)
     return True

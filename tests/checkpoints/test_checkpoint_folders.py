@@ -17,7 +17,7 @@ from .test_checkpoint_reading import same
 SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path):
     """A checkpoint in two shards; the second holds the dense layers."""
     network = small_network()
@@ -78,7 +78,16 @@ def test_prefixes_count_over_all_shards(folder):
     [
         *("../secret.safetensors", "/etc/secret.safetensors", "C:secret.safetensors", "C:\\secret.safetensors"),
         *("..\\secret.safetensors", "sub/../../secret.safetensors", "\\\\host\\share\\secret.safetensors"),
-        *("a\0b.safetensors", "", ".", "..", "model.bin", "model.safetensors.bin", "model.SAFETENSORS.pt"),
+        *(
+            "a\0b.safetensors",
+            "",
+            ".",
+            "..",
+            "model.bin",
+            "model.safetensors.bin",
+            "model.SAFETENSORS.pt",
+            "\ud800.safetensors",
+        ),
     ],
 )
 def test_no_shard_outside_the_folder_is_opened(shard, folder, monkeypatch):
@@ -96,6 +105,7 @@ def test_no_shard_outside_the_folder_is_opened(shard, folder, monkeypatch):
     for allow_pickle in (False, True):
         error = refused(folder, "E_SHARD_PATH", allow_pickle=allow_pickle)
         assert repr(shard)[1:-1] in error.found
+        assert error.path == str(folder / "model.safetensors.index.json")
     assert set(opened) == {"model.safetensors.index.json"}
 
 
@@ -120,6 +130,14 @@ def test_all_missing_shards_are_listed_at_once(folder):
     error = refused(folder, "E_SHARD_MISSING")
     for name in SHARDS:
         assert name in error.found
+
+
+def test_names_that_no_file_can_have_are_missing_shards(folder):
+    (folder / "loop.safetensors").symlink_to("loop.safetensors")
+    for shard in ("x" * 5000 + ".safetensors", "sub/x.safetensors", "loop.safetensors"):
+        change_index(folder, weight_map={**index_of(folder)["weight_map"], "w": shard})
+        refused(folder, "E_SHARD_MISSING")
+    refused(folder / ("x" * 5000), "E_UNREADABLE")
 
 
 def test_keys_on_which_index_and_shards_disagree_are_named(folder):
@@ -188,7 +206,7 @@ def test_sharded_pickles_are_read_on_request(tmp_path):
     weight_map = {}
     for i, part in enumerate((names[:3], names[3:])):
         torch_file(tmp_path / f"pytorch_model-{i}.bin", {name: network[name] for name in part})
-        weight_map |= {name: f"pytorch_model-{i}.bin" for name in part}
+        weight_map |= dict.fromkeys(part, f"pytorch_model-{i}.bin")
     write_index(tmp_path, weight_map, "pytorch_model.bin.index.json")
     assert same(load_checkpoint(tmp_path, allow_pickle=True), network)
     refused(tmp_path, "E_SHARD_PATH")

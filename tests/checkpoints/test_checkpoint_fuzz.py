@@ -21,8 +21,10 @@ from .checkpoint_files import edit_zip, small_network, torch_file
 from .checkpoint_files import safetensors as raw
 from .test_checkpoint_reading import same
 
-FAST = settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-SLOW = settings(FAST, max_examples=4000)
+FAST = settings(
+    max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+SLOW = settings(FAST, max_examples=4000, derandomize=False)
 
 BITS = {**DTYPE_BITS, "F6_E2M3": 6, "F6_E3M2": 6}
 sizes = st.integers(0, 5) | st.sampled_from([-1, 2**31, 2**40, 2**62, 2**63, 2**64, 2**70])
@@ -46,7 +48,9 @@ def headers(draw):
     items = draw(st.permutations(list(tensors.items())))
     header = dict(items)
     if draw(st.integers(0, 3)) == 0:
-        header["__metadata__"] = draw(st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.none(), max_size=2))
+        header["__metadata__"] = draw(
+            st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.none(), max_size=2)
+        )
     text = json.dumps(header, ensure_ascii=draw(st.booleans()))
     if draw(st.integers(0, 5)) == 0:  # a name twice
         text = text[:-1] + (", " if header else "") + text[1:]
@@ -59,23 +63,19 @@ def headers(draw):
 
 @st.composite
 def mutations(draw, whole: bytes):
-    """A good file in which a few bytes are changed, inserted or cut out."""
+    """Some bytes with one to three changed, inserted or cut out."""
     content = bytearray(whole)
-    for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, max(min(len(content) - 1, 450), 0)))
-        kind = draw(st.integers(0, 3))
-        if kind == 0:
-            content[at : at + 1] = bytes([draw(st.integers(0, 255))])
-        elif kind == 1:
-            content[at:at] = draw(st.sampled_from([b"0", b"-", b" ", b'"', b"[", b"1e5", b"\\u0000", b"NaN", b"{}", b"\0"]))
-        elif kind == 2:
-            del content[at : at + draw(st.integers(1, 30))]
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
+        at = draw(st.integers(0, len(content)))
+        kind = draw(st.integers(0, 4))
+        if kind < 3:
+            content[at : at + kind % 2] = bytes(
+                [draw(st.integers(0, 255) | st.sampled_from(b'0123456789abw- {}[]",'))]
+            )
+        elif kind == 3:
+            content[at:at] = draw(st.sampled_from([b"-0", b"\\ud800", b"1e5", b"\\u0000", b"NaN", b"{}", b'"x":1,']))
         else:
-            del content[draw(st.integers(0, len(content))) :]
-    if draw(st.booleans()) and len(content) > 8:  # make the length fit again, or nothing but that is tested
-        end = content.find(b"}}", 8)
-        if end > 0:
-            content[:8] = struct.pack("<Q", end + 2 - 8)
+            del content[at : at + draw(st.integers(1, 30))]
     return bytes(content)
 
 
@@ -83,12 +83,17 @@ def library_reads(content: bytes) -> dict[str, tuple]:
     return {name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in safetensors.deserialize(content)}
 
 
+def check_message(error: CheckpointError) -> None:
+    assert str(error).isprintable()
+    assert "weights_only=False" not in str(error)
+
+
 def check(content: bytes, path) -> bool:
     """The oracle; true if the file was accepted."""
     try:
         tensors = from_bytes(content, allow_nonfinite=True)
     except CheckpointError as error:
-        assert str(error).isprintable()
+        check_message(error)
         if error.code in ("E_QUANTISED", "E_NO_TENSORS"):
             library_reads(content)
         else:
@@ -130,7 +135,11 @@ def fuzz_headers(path):
 def fuzz_mutations(path):
     good = to_bytes({"a.w": torch.ones(2, 3), "b": torch.tensor(1), "c": torch.ones(4).bfloat16()}, {"k": "v"})
 
-    @given(mutations(good))
+    length = struct.unpack("<Q", good[:8])[0]
+    # mutated headers get a length that fits, or little else would be tested
+    headers = mutations(good[8 : 8 + length]).map(lambda header: raw(header, good[8 + length :]))
+
+    @given(headers | mutations(good))
     def run(content):
         counts[check(content, path)] += 1
 
@@ -142,8 +151,8 @@ def fuzz_mutations(path):
 def test_whatever_is_accepted_the_library_reads_the_same(fuzz, tmp_path):
     run, counts = fuzz(tmp_path / "model.safetensors")
     FAST(run)()
-    assert counts[True] > 5
-    assert counts[False] > 5
+    assert counts[True]
+    assert counts[False]
 
 
 @pytest.mark.slow
@@ -151,16 +160,20 @@ def test_whatever_is_accepted_the_library_reads_the_same(fuzz, tmp_path):
 def test_whatever_is_accepted_the_library_reads_the_same_at_length(fuzz, tmp_path):
     run, counts = fuzz(tmp_path / "model.safetensors")
     SLOW(run)()
-    assert counts[True] > 200
-    assert counts[False] > 200
+    assert counts[True] > 20
+    assert counts[False] > 1000
 
 
 @st.composite
 def state_dicts(draw):
     result = {}
-    for name in draw(st.lists(st.text(max_size=5).filter(lambda n: n.isprintable()), min_size=1, max_size=4, unique=True)):
+    for name in draw(
+        st.lists(st.text(max_size=5).filter(lambda n: n.isprintable()), min_size=1, max_size=4, unique=True)
+    ):
         shape = draw(st.lists(st.integers(0, 3), max_size=3))
-        dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]))
+        dtype = draw(
+            st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+        )
         result[name] = torch.randn(shape).mul(3).to(dtype)
     if draw(st.booleans()):
         result["tied"] = next(iter(result.values()))
@@ -170,7 +183,11 @@ def state_dicts(draw):
 def round_trip(path):
     @given(state_dicts())
     def run(state_dict):
-        content = to_bytes(state_dict)
+        try:
+            content = to_bytes(state_dict)
+        except CheckpointError as error:
+            check_message(error)  # hypothesis does find names of quantisers' codes
+            return
         assert same(from_bytes(content), state_dict)
         assert list(from_bytes(content)) == list(state_dict)
         assert to_bytes(from_bytes(content)) == content
@@ -209,7 +226,7 @@ def fuzz_pickles(tmp_path, refreshed_sums: bool):
             loaded = load_checkpoint(path, allow_pickle=True, allow_nonfinite=True)
             assert all(isinstance(tensor, torch.Tensor) for tensor in loaded.values())
         except CheckpointError as error:
-            assert "weights_only=False" not in str(error)
+            check_message(error)
 
     return run
 
@@ -240,7 +257,7 @@ def fuzz_legacy(tmp_path):
         try:
             load_checkpoint(path, allow_pickle=True, allow_nonfinite=True)
         except CheckpointError as error:
-            assert "weights_only=False" not in str(error)
+            check_message(error)
 
     return run
 
@@ -257,11 +274,12 @@ def test_damaged_legacy_files_raise_nothing_else_at_length(tmp_path):
 
 
 def fuzz_indexes(tmp_path):
-    torch_free = to_bytes(small_network())
-    (tmp_path / "a.safetensors").write_bytes(torch_free)
+    (tmp_path / "a.safetensors").write_bytes(to_bytes(small_network()))
     weight_map = dict.fromkeys(small_network(), "a.safetensors")
     good = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
-    values = st.recursive(st.none() | st.text(max_size=3) | st.integers(), lambda s: st.lists(s, max_size=2), max_leaves=3)
+    values = st.recursive(
+        st.none() | st.text(max_size=3) | st.integers(), lambda s: st.lists(s, max_size=2), max_leaves=3
+    )
     maps = st.dictionaries(st.sampled_from([*small_network(), "x"]), st.text(max_size=8) | values, max_size=3)
 
     @given(mutations(good) | maps.map(lambda m: json.dumps({"weight_map": m}).encode()))
@@ -270,7 +288,7 @@ def fuzz_indexes(tmp_path):
         try:
             assert same(load_checkpoint(tmp_path), small_network())
         except CheckpointError as error:
-            assert str(error).isprintable()
+            check_message(error)
 
     return run
 

@@ -6,10 +6,11 @@ import struct
 import pytest
 import safetensors.torch
 import torch
-from .checkpoint_files import LFS_POINTER, WEB_PAGE, entry
-from .checkpoint_files import safetensors as raw
 
 from sane_hf.checkpoints import CheckpointError, HeaderLimits, from_bytes, load_checkpoint, read_header, to_bytes
+
+from .checkpoint_files import LFS_POINTER, WEB_PAGE, entry
+from .checkpoint_files import safetensors as raw
 
 GOOD = safetensors.torch.save({"a": torch.arange(4, dtype=torch.uint8)})
 F32 = {"w": entry("F32", [2], 0, 8)}
@@ -114,7 +115,7 @@ def test_padding_with_nul_names_the_known_fault():
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ('{"w":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "w"),
+        ('{"w":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',"w"),
         ('{"__metadata__":{"a":"1","a":"2"},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "a"),
         ('{"w":{"dtype":"U8","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "dtype"),
     ],

@@ -193,7 +193,11 @@ def test_non_finite_weights_are_refused_with_count_and_first_index(dtype, tmp_pa
 
 
 def test_large_and_tiny_numbers_are_finite():
-    tensors = {"large": torch.full((4,), 3e38), "tiny": torch.full((4,), 1e-45), "half": torch.full((4,), 65504.0).half()}
+    tensors = {
+        "large": torch.full((4,), 3e38),
+        "tiny": torch.full((4,), 1e-45),
+        "half": torch.full((4,), 65504.0).half(),
+    }
     assert same(from_bytes(to_bytes(tensors)), tensors)
     with pytest.raises(CheckpointError, match=r"1 of 1 .* index \[\]"):
         from_bytes(to_bytes({"scalar": torch.tensor(float("inf"))}))

@@ -88,12 +88,21 @@ def test_a_failed_block_leaves_the_old_content_and_nothing_else(tmp_path):
     write_text_atomic(tmp_path / "a.txt", "old")
     with atomic_directory(tmp_path / "run") as folder:
         (folder / "a.txt").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "a.txt") as file:
-        file.write(b"new")
-        raise KeyboardInterrupt
-    with pytest.raises(RuntimeError, match="stop"), atomic_directory(tmp_path / "run") as folder:
-        (folder / "b.txt").write_text("new")
-        raise RuntimeError("stop")
+
+    def fail_in_file():
+        with atomic_file(tmp_path / "a.txt") as file:
+            file.write(b"new")
+            raise KeyboardInterrupt
+
+    def fail_in_folder():
+        with atomic_directory(tmp_path / "run") as folder:
+            (folder / "b.txt").write_text("new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_in_file()
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_in_folder()
     assert (tmp_path / "a.txt").read_text() == "old"
     assert names_in(tmp_path / "run") == ["a.txt"]
     assert names_in(tmp_path) == ["a.txt", "run"]

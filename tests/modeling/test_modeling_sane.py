@@ -145,12 +145,12 @@ def test_compiles_without_graph_breaks(backend):
 
 
 @torch.no_grad()
-def test_saved_and_loaded_is_the_same(tmp_path, caplog):
+def test_saved_and_loaded_is_the_same(tmp_path, caplog, monkeypatch):
     model, batch = tiny(**EVERYTHING), networks()
     model.save_pretrained(tmp_path)
     expected = model(**batch)
     base_of = {"tokens": batch["tokens"], "mask": batch["mask"], "positions": batch["positions"]}
-    logging.getLogger("transformers").propagate = True
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for auto_class, model_class in ((AutoModelForPreTraining, SaneForPreTraining), (AutoModel, SaneModel)):
         for loader in (auto_class, model_class):
             loaded = loader.from_pretrained(tmp_path)
@@ -247,7 +247,6 @@ def test_nt_xent_is_what_its_definition_says(temperature):
 def test_nt_xent_at_its_edges():
     views = torch.randn(6, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert nt_xent(views, views + 0.1, 0.1) == nt_xent(views, views + 0.1, 0.1).float()
         mixed = nt_xent(views, views + 0.1, 0.1)
     assert mixed == nt_xent(views, views + 0.1, 0.1), "mixed precision must not reach the similarities"
     dead = torch.zeros(6, 7, requires_grad=True)  # all ReLUs of the projection head off

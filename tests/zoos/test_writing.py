@@ -211,9 +211,14 @@ def test_a_leak_made_by_hand_is_found_on_loading(zoo):
         load_zoo(zoo)
 
 
-def test_what_is_no_zoo_is_named(tmp_path, zoo):
+def test_what_is_no_zoo_is_named(tmp_path, zoo, monkeypatch):
     with pytest.raises(ValueError, match="there is no zoo at .*nowhere"):
         load_zoo(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    for read in (load_zoo, zoo_info):
+        with pytest.raises(ValueError, match="no folder zoos/nowhere here, and no such dataset"):
+            read("zoos/nowhere")
+    (tmp_path / "zoos").mkdir()
     with pytest.raises(ValueError, match="no zoo at zoos/nowhere"):
         load_zoo("zoos/nowhere")
     with pytest.raises(ValueError, match="it has no zoo.json"):
