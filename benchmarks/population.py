@@ -3,8 +3,8 @@
     python benchmarks/population.py
 
 Both run in two processes of one thread each, in turns, on the same images with the same hyperparameters; only the
-steps of training are timed. "One at a time" is a plain loop over `torch.optim.Adam(fused=True)`, its fastest form on
-a CPU.
+steps of training are timed. Both processes are set up as a population's are. "One at a time" is a plain loop over
+`torch.optim.Adam(fused=True)`, its fastest form on a CPU.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sane_hf.architectures import build
 from sane_hf.members import stack, train
 from sane_hf.zoos import load_images
 from sane_hf.zoos.hyperparameters import Hyperparameters, draw_hyperparameters, initialize
+from sane_hf.zoos.population import start_worker
 
 ARCHITECTURE, BATCH = "cnn_small", 32
 
@@ -85,7 +86,7 @@ def main() -> None:
     steps = arguments.epochs * -(-images // BATCH)
     rates: dict[str, float] = {"at once": 0.0, "one at a time": 0.0}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(2, context, initializer=start_worker) as pool:
         for repeat in range(arguments.repeats + 1):
             for name, run, networks in (
                 ("at once", at_once, drawn),

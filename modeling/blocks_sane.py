@@ -10,6 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_sane import SaneConfig
 
+WEIGHT_STATISTICS = 10  # of a token and of its layer, see `weight_statistics`
+
 
 def eager_attention_forward(
     module: nn.Module,
@@ -147,11 +149,63 @@ def layer_means(latents: torch.Tensor, layer: torch.Tensor, weight: torch.Tensor
     return (membership.transpose(1, 2) @ latents) / count.clamp(min=1)[..., None], count
 
 
+def weight_statistics(tokens: torch.Tensor, mask: torch.Tensor, layer: torch.Tensor, num_layers: int) -> torch.Tensor:
+    """Statistics of the real weights of every token, and of those of its layer in the window.
+
+    What tells networks apart are second moments and extremes, which a transformer is slow to compute from weights.
+
+    Args:
+        tokens: (B, T, D) float.
+        mask: (B, T, D) bool, true where a weight is.
+        layer: (B, T) long, layer of each token.
+        num_layers: L.
+
+    Returns:
+        (B, T, 10) float: mean, log standard deviation, mean magnitude, smallest and largest weight of the token, then
+        the same of the layer; zero where there is no weight.
+    """
+    count = mask.sum(dim=-1, keepdim=True).to(tokens.dtype)
+    real = tokens * mask
+    sums = torch.cat([count, *(part.sum(-1, keepdim=True) for part in (real, real.square(), real.abs()))], dim=-1)
+    lowest = tokens.masked_fill(~mask, float("inf")).amin(dim=-1)
+    highest = tokens.masked_fill(~mask, float("-inf")).amax(dim=-1)
+    membership = nn.functional.one_hot(layer, num_layers).bool()  # (B, T, L)
+    layer_sums = membership.to(tokens.dtype).transpose(1, 2) @ sums  # (B, L, 4)
+    layer_lowest = lowest[..., None].masked_fill(~membership, float("inf")).amin(dim=1)  # (B, L)
+    layer_highest = highest[..., None].masked_fill(~membership, float("-inf")).amax(dim=1)
+    own = layer[..., None]
+    return torch.cat(
+        [
+            _moments(sums, lowest, highest),
+            _moments(
+                layer_sums.take_along_dim(own, dim=1), layer_lowest.gather(1, layer), layer_highest.gather(1, layer)
+            ),
+        ],
+        dim=-1,
+    )
+
+
+def _moments(sums: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
+    """(B, T, 4) count and sums of weights, squares and magnitudes, and extremes (B, T), to (B, T, 5) statistics."""
+    count, total, squares, magnitudes = sums.unbind(-1)
+    count = count.clamp(min=1)
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0)
+    extremes = [torch.where(value.isfinite(), value, 0.0) for value in (lowest, highest)]
+    return torch.stack([mean, 0.5 * (variance + 1e-4).log(), magnitudes / count, *extremes], dim=-1)
+
+
 def default_positions(sequence: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     """Positions (B, T, parts) of a sequence that is one layer: index, layer 0[, token in the layer]."""
     index = torch.arange(sequence.shape[1], device=sequence.device)
     parts = [index, torch.zeros_like(index), index][: len(sizes)]
     return torch.stack(parts, dim=-1).expand(sequence.shape[0], -1, -1)
+
+
+def real_weights(tokens: torch.Tensor, mask: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, D) bool, true where a real weight is: by the mask, or, without one, in all tokens that are not padded."""
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    return mask if attention_mask is None else mask & attention_mask.bool()[..., None]
 
 
 def token_weight(sequence: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -162,11 +216,14 @@ def token_weight(sequence: torch.Tensor, attention_mask: torch.Tensor | None) ->
 
 
 __all__ = [
+    "WEIGHT_STATISTICS",
     "LayerPath",
     "SaneAttention",
     "SaneLayer",
     "SanePositions",
     "default_positions",
     "layer_means",
+    "real_weights",
     "token_weight",
+    "weight_statistics",
 ]

@@ -14,18 +14,19 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .blocks_sane import (
+    WEIGHT_STATISTICS,
     LayerPath,
     SaneAttention,
     SaneLayer,
     SanePositions,
     default_positions,
     layer_means,
+    real_weights,
     token_weight,
+    weight_statistics,
 )
 from .configuration_sane import SaneConfig
 from .losses_sane import explained_variance, masked_mse, nt_xent
-
-TOKEN_STATISTICS = 5
 
 
 @dataclass
@@ -80,7 +81,7 @@ class SanePreTrainedModel(PreTrainedModel):
     config: SaneConfig
     base_model_prefix = "sane"
     main_input_name = "tokens"
-    input_modalities = ()
+    input_modalities = []
     supports_gradient_checkpointing = True
     # losses are means over a batch: the Trainer has to divide them by its gradient accumulation steps itself
     accepts_loss_kwargs = False
@@ -90,6 +91,7 @@ class SanePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = [r"^projection\.", r"^statistics_head\.", r"^behavior_head\."]
     _can_record_outputs = {"hidden_states": SaneLayer, "attentions": SaneAttention}
 
     @torch.no_grad()
@@ -126,7 +128,7 @@ class SaneModel(SanePreTrainedModel):
 
     def __init__(self, config: SaneConfig):
         super().__init__(config)
-        inputs = config.token_size + (TOKEN_STATISTICS if config.token_statistics else 0)
+        inputs = config.token_size + (WEIGHT_STATISTICS if config.token_statistics else 0)
         self.token_embed = nn.Linear(inputs, config.hidden_size)
         self.positions = SanePositions(config)
         self.encoder = nn.ModuleList(SaneLayer(config) for _ in range(config.num_hidden_layers))
@@ -162,7 +164,13 @@ class SaneModel(SanePreTrainedModel):
         """
         if positions is None:
             positions = default_positions(tokens, self.positions.sizes)
-        embedded = self._with_token_statistics(tokens, mask)
+        mask = real_weights(tokens, mask, attention_mask)
+        if attention_mask is not None:
+            mask = mask & attention_mask.bool()[..., None]
+        embedded = tokens
+        if self.config.token_statistics:
+            statistics = weight_statistics(tokens, mask, positions[..., 1], self.config.max_positions[1])
+            embedded = torch.cat([tokens, statistics], dim=-1)
         hidden = self.dropout(self.token_embed(embedded) + self.positions(positions))
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask)
         for layer in self.encoder:
@@ -171,7 +179,6 @@ class SaneModel(SanePreTrainedModel):
         if self.encoder_path is not None:
             latents = latents + self.encoder_path(embedded, positions[..., 1])
         if self.config.latents_per_weight is not None:
-            mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
             latents = self.keep_latents(latents, mask, self.config.latents_per_weight)
         weight = token_weight(latents, attention_mask)
         latents = latents * weight[..., None]
@@ -236,21 +243,6 @@ class SaneModel(SanePreTrainedModel):
         budget = torch.as_tensor(latents_per_weight, device=latents.device, dtype=torch.float32).view(-1, 1)
         kept = (mask.sum(dim=-1) * budget).ceil()  # (B, T)
         return latents * (torch.arange(latents.shape[-1], device=latents.device) < kept[..., None])
-
-    def _with_token_statistics(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Tokens (B, T, D), with five statistics over their real weights appended where the config asks for them."""
-        if not self.config.token_statistics:
-            return tokens
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        count = mask.sum(dim=-1, keepdim=True).clamp(min=1)
-        mean = (tokens * mask).sum(dim=-1, keepdim=True) / count
-        variance = ((tokens - mean).square() * mask).sum(dim=-1, keepdim=True) / count
-        largest = tokens.masked_fill(~mask, float("-inf")).amax(dim=-1, keepdim=True)
-        smallest = tokens.masked_fill(~mask, float("inf")).amin(dim=-1, keepdim=True)
-        magnitude = (tokens * mask).abs().sum(dim=-1, keepdim=True) / count
-        extremes = torch.cat([smallest, largest], dim=-1)
-        extremes = torch.where(extremes.isfinite(), extremes, 0.0)  # padded tokens have no weight at all
-        return torch.cat([tokens, mean, 0.5 * (variance + 1e-4).log(), extremes, magnitude], dim=-1)
 
 
 class SaneForPreTraining(SanePreTrainedModel):
@@ -321,7 +313,7 @@ class SaneForPreTraining(SanePreTrainedModel):
             )
         if positions is None:
             positions = default_positions(tokens, self.sane.positions.sizes)
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        mask = real_weights(tokens, mask, attention_mask)
         views = 1 if second_tokens is None else 2
         if views == 2:
             tokens = torch.cat([tokens, second_tokens])
@@ -362,7 +354,8 @@ class SaneForPreTraining(SanePreTrainedModel):
             output.loss_reconstruction = masked_mse(output.reconstruction, labels, mask)
         output.r2 = explained_variance(output.reconstruction.detach(), labels, mask)
         if views == 2 and gamma > 0:
-            output.loss_contrast = nt_xent(*output.projection.chunk(2), self.config.temperature)
+            first, second = output.projection.chunk(2)
+            output.loss_contrast = nt_xent(first, second, self.config.temperature)
             output.loss = gamma * output.loss_contrast + (1 - gamma) * output.loss_reconstruction
         elif gamma == 1:
             raise ValueError("gamma=1 trains on contrast alone, which needs a second view: pass second_tokens")

@@ -58,10 +58,13 @@ class WeightFeatureExtractionPipeline(ChunkPipeline):
     ```
     """
 
-    _load_tokenizer = True
-    _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = False
+    _load_tokenizer: Any = True
+    _load_processor: Any = False
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
+    _load_feature_extractor: Any = False
 
-    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Embed one network or several.
 
         Args:
@@ -81,7 +84,7 @@ class WeightFeatureExtractionPipeline(ChunkPipeline):
             inputs = list(inputs)
             if not inputs:
                 raise ValueError("There is no network to embed: the list is empty.")
-        return super().__call__(inputs, **kwargs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def _sanitize_parameters(
         self, readout: str | None = None, window: int | None = None, halo: int | None = None, **unknown: Any
@@ -146,7 +149,7 @@ class WeightFeatureExtractionPipeline(ChunkPipeline):
 
     _warned = False
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]
         self, network: StateDict | str | os.PathLike, window: int | None = None, halo: int = 0
     ) -> Iterator[dict[str, Tensor]]:
         """Tokenise a network window by window: tokens `(1, T, D)`, and which of them are kept `(1, T)`."""
@@ -190,7 +193,7 @@ class WeightFeatureExtractionPipeline(ChunkPipeline):
         packed = PipelinePackIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
         return PipelineIterator(packed, self.postprocess, postprocess_params)
 
-    def _forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
         model = getattr(self.model, self.model.base_model_prefix, self.model)
         training = model.training
         latents = model.eval().encode(
@@ -201,7 +204,9 @@ class WeightFeatureExtractionPipeline(ChunkPipeline):
         means, count = layer_means(latents.float(), layers, inputs["kept"].float(), model.config.max_positions[1])
         return {"means": means, "count": count, "is_last": inputs["is_last"]}
 
-    def postprocess(self, windows: list[dict[str, Tensor]], readout: str = "mean") -> Tensor:
+    def postprocess(  # type: ignore[override]
+        self, windows: list[dict[str, Tensor]], readout: str = "mean"
+    ) -> Tensor:
         """Join the windows of a network: `(F,)`."""
         count = torch.stack([window["count"][0] for window in windows])[..., None]  # (W, L, 1)
         total = (torch.stack([window["means"][0] for window in windows]) * count).sum(0)  # (L, Z)

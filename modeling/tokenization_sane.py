@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
+from .batches_sane import check_mapping, grouped, padded, unpack
 from .files_sane import TokenizerFiles
 from .layout_sane import TokenLayout
 from .permutation_sane import PermutationGroups
-from .rows_sane import describe, fingerprint, layer_rows, zeros
+from .rows_sane import describe, fingerprint, zeros
 from .statistics_sane import LayerNormalizer, LayerStatistics, check_finite, gather
 
 StateDict = Mapping[str, Tensor]
@@ -124,7 +125,7 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
             raise ValueError("There is no network to tokenise: the list is empty.")
         plans = self._plan_all(batch)
         dtype = torch.float64 if any(found == torch.float64 for _, found in plans) else torch.float32
-        groups = _grouped([layout for layout, _ in plans])
+        groups = grouped([layout for layout, _ in plans])
         parts = []
         for layout, members in groups:
             networks = [batch[member] for member in members]
@@ -141,7 +142,7 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
                     "positions": layout.positions(start, length).to(device).repeat(len(members), 1, 1),
                 }
             )
-        return BatchFeature(parts[0] if len(parts) == 1 else _padded(parts, groups, len(batch)))
+        return BatchFeature(parts[0] if len(parts) == 1 else padded(parts, groups, len(batch)))
 
     def decode(
         self, tokens: Tensor, reference: StateDict | Sequence[StateDict] | None = None
@@ -177,7 +178,7 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
         if len(given) != len(sequences):
             raise ValueError(f"There are {len(sequences)} token sequences, but {len(given)} references.")
         networks: list[dict[str, Tensor]] = [{}] * len(sequences)
-        for layout, members in _grouped(layouts):
+        for layout, members in grouped(layouts):
             if sequences.shape[1] < layout.num_tokens or sequences.shape[2] != layout.token_size:
                 raise ValueError(
                     f"tokens have shape {tuple(tokens.shape)}; this network has {layout.num_tokens} tokens of "
@@ -186,7 +187,7 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
             part = sequences[members] if len(members) < len(sequences) else sequences
             part = self.denormalize(part[:, : layout.num_tokens], layout)
             own = [given[member] for member in members]
-            for member, one, found in zip(members, own, _unpack(part, layout, own), strict=True):
+            for member, one, found in zip(members, own, unpack(part, layout, own), strict=True):
                 networks[member] = {
                     name: found[name] if one is None or name in found else one[name].detach().clone()
                     for name in (layout.shapes if one is None else one)
@@ -214,7 +215,7 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
         statistics: dict[str, LayerStatistics] = {}
         waiting: dict[str, list[tuple[int, StateDict]]] = {}
         for number, state_dict in enumerate([state_dicts] if isinstance(state_dicts, Mapping) else state_dicts):
-            _check_mapping(number, state_dict)
+            check_mapping(number, state_dict)
             entries = {name: describe(name, tensor) for name, tensor in state_dict.items()}
             key = fingerprint(entries)
             if key not in rows:
@@ -288,7 +289,7 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
         """Layout and token dtype of each network. What is found is kept under a key that is cheap to make."""
         plans = []
         for number, weights in enumerate(batch):
-            _check_mapping(number, weights)
+            check_mapping(number, weights)
             if not self.token_size:
                 widest = [TokenLayout.plan(network, 0, self.rows, self.ignore_norm).token_size for network in batch]
                 self.token_size = max(widest)
@@ -385,47 +386,3 @@ class WeightTokenizer(LayerNormalizer, TokenizerFiles):
             key: PermutationGroups.from_dict(groups) for key, groups in data["permutation_groups"].items()
         }
         return tokenizer
-
-
-def _check_mapping(number: int, weights: object) -> None:
-    if not isinstance(weights, Mapping):
-        raise ValueError(
-            f"Network {number} is {type(weights).__name__}, not a state dict. Pass model.state_dict(), or a list of "
-            "such."
-        )
-
-
-def _grouped(layouts: Sequence[TokenLayout]) -> list[tuple[TokenLayout, list[int]]]:
-    """The layouts, each with the members of the batch that have it."""
-    members: dict[int, list[int]] = {}
-    for number, layout in enumerate(layouts):
-        members.setdefault(id(layout), []).append(number)
-    return [(layouts[numbers[0]], numbers) for numbers in members.values()]
-
-
-def _padded(
-    parts: Sequence[dict[str, Tensor]], groups: Sequence[tuple[TokenLayout, list[int]]], size: int
-) -> dict[str, Tensor]:
-    """One batch, padded to the longest, of the parts of each architecture."""
-    length = max(part["tokens"].shape[1] for part in parts)
-    padded = {name: tensor.new_zeros(size, length, *tensor.shape[2:]) for name, tensor in parts[0].items()}
-    for part, (_, members) in zip(parts, groups, strict=True):
-        for name, tensor in part.items():
-            padded[name][members, : tensor.shape[1]] = tensor.to(padded[name].device)
-    return padded
-
-
-def _unpack(tokens: Tensor, layout: TokenLayout, references: Sequence[StateDict | None]) -> list[dict[str, Tensor]]:
-    """The tokenised tensors of each network, each in memory of its own, in the dtype of the reference."""
-    networks: list[dict[str, Tensor]] = [{} for _ in references]
-    for layer in layout.layers:
-        rows = layer_rows(tokens, layer)
-        pieces = {layer.name: rows[:, :, : layer.columns]}
-        if layer.bias is not None:
-            pieces[layer.bias] = rows[:, :, layer.columns]
-        for name, piece in pieces.items():
-            for network, one, reference in zip(networks, piece, references, strict=True):
-                dtype = tokens.dtype if reference is None else reference[name].dtype
-                copy = one.to(dtype, copy=True, memory_format=torch.contiguous_format)
-                network[name] = copy.view(layout.shapes[name])
-    return networks

@@ -64,6 +64,8 @@ def plot_losses(path: Path, log_history: Sequence[Mapping]) -> None:
             label = "validation, " + key.removeprefix("eval_loss_")
             axes[0].plot(*series(key), color=color, linestyle="--", linewidth=1.2, label=label)
         axes[0].set(xlabel="step", ylabel="loss", title="Loss", yscale="log")
+        for formatter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+            formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         axes[0].legend()
         for key, color, label in zip(r2_keys, (BLUE, RED), ("train", "validation"), strict=False):
             axes[1].plot(
@@ -200,6 +202,7 @@ def plot_samples(
             ylabel="test accuracy, no training",
             title="New networks against simple ways to make them",
         )
+        axis.set_ylim(axis.get_ylim()[0] - 0.04, None)
         axis.yaxis.set_major_formatter(PercentFormatter(1))
         axis.legend(loc="lower left")
 

@@ -92,7 +92,7 @@ def report(run_dir: str | Path, zoo: str | None = None, seed: int = 0, quick: bo
         "peak_memory_bytes": stages.peak_memory,
     }
     held_out = {"original": decoded["full"]["test_accuracy"], "decoded": decoded["full"]["test_decoded_accuracy"]}
-    claims = check_claims(metrics, held_out)
+    claims = check_claims(metrics, generated["points"], held_out)
     _draw(folder, subject, layer_means, probed, decoded, generated)
     facts = _facts(folder, subject, metrics, layer_means, training)
     _write_page(folder, facts, claims, metrics, probed, decoded, generated)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sane_hf.reporting.claims import Claim, percent
+from sane_hf.reporting.claims import Claim, averages_reach, percent
 
 FEATURE_NAMES = {
     "latents": "**latents**",
@@ -129,6 +129,5 @@ def _r2_tau(scores: Mapping[str, float]) -> str:
 
 
 def _reached(point: Mapping[str, Any]) -> str:
-    """Averages of two networks are at most half their distance away: say where that is less than asked for."""
-    reached = point["average_distance"]
-    return "" if reached > 0.98 * point["distance_to_decoded"] else f" (at {reached:.2f})"
+    """Averages get only so far: say where that is less than asked for."""
+    return "" if averages_reach(point) else f" (at {point['average_distance']:.2f})"

@@ -7,6 +7,8 @@ directions in which samples may differ from their anchors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -23,7 +25,7 @@ class BehaviorLoss:
 
     Args:
         architecture: name in `sane_hf.architectures`.
-        configs: architecture configs of the training checkpoints, by index.
+        configs: architecture configs (JSON) of the training checkpoints, by index.
         layout: their layout.
         tokenizer: gives the normalisation.
         images: (m, C, H, W) float, the pool of query images; labels are not used.
@@ -34,7 +36,7 @@ class BehaviorLoss:
     def __init__(
         self,
         architecture: str,
-        configs: list[dict],
+        configs: Sequence[str],
         layout: TokenLayout,
         tokenizer: WeightTokenizer,
         images: torch.Tensor,
@@ -72,7 +74,7 @@ class BehaviorLoss:
             answers.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean"
         )
 
-    def _answers(self, tokens: torch.Tensor, configs: list[dict], queries: torch.Tensor) -> torch.Tensor:
+    def _answers(self, tokens: torch.Tensor, configs: Sequence[str], queries: torch.Tensor) -> torch.Tensor:
         """(B, m, classes) log probabilities of the networks behind normalised tokens."""
         device = tokens.device
         flat = tokens.flatten(1)[:, self.entry.to(device)] * self.scale.to(device) + self.shift.to(device)

@@ -84,8 +84,8 @@ def train(recipe: str | Path, overrides: Sequence[str] | dict[str, Any] = ()) ->
 def build_tokenizer(zoo: ZooMatrix, plan: Recipe) -> WeightTokenizer:
     """Tokenizer with statistics of the training split, the permutation groups and the canonical reference."""
     tokenizer = WeightTokenizer(**plan.tokenizer)
-    tokenizer.fit(zoo.layout.unflatten(weights) for weights in zoo.of_split("train").flat)
-    reference = zoo.layout.unflatten(zoo.reference)
+    tokenizer.fit(zoo.state_dict(weights) for weights in zoo.of_split("train").flat)
+    reference = zoo.state_dict(zoo.reference)
     tokenizer.set_groups(reference, zoo.groups)
     tokenizer.set_reference(reference)
     return tokenizer
@@ -93,11 +93,11 @@ def build_tokenizer(zoo: ZooMatrix, plan: Recipe) -> WeightTokenizer:
 
 def build_trainer(zoo: ZooMatrix, tokenizer: WeightTokenizer, plan: Recipe) -> SaneTrainer:
     """Data sets, model and Trainer of a run."""
-    layout = tokenizer.layout(zoo.layout.unflatten(zoo.reference))
+    layout = tokenizer.layout(zoo.state_dict(zoo.reference))
     parts = {split: zoo.of_split(split) for split in ("train", "validation")}
     statistics = _standardized(*(layer_statistics(part.flat, layout) for part in parts.values()))
     images = load_images(plan.behavior.images).train.images if plan.behavior.images else None
-    behavior = (None, None)
+    behavior: tuple[torch.Tensor | None, ...] = (None, None)
     if images is not None and plan.behavior.targets:
         behavior = _standardized(*_behavior_targets(parts, layout, images, plan.behavior.components))
     windows = [
@@ -156,7 +156,12 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _training_arguments(plan: Recipe) -> TrainingArguments:
-    defaults = {"remove_unused_columns": False, "label_names": ["labels"], "prediction_loss_only": True}
+    defaults = {
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "prediction_loss_only": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
     try:
         return TrainingArguments(output_dir=plan.output_dir, seed=plan.seed, **{**defaults, **plan.trainer})
     except TypeError as error:  # an argument that TrainingArguments does not have

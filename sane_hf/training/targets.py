@@ -6,6 +6,7 @@ network's accuracy shows in second moments and in what the network does; these t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,37 +14,35 @@ import torch
 from sane_hf.members import forward
 from sane_hf.modeling import TokenLayout
 
-LAYER_STATISTICS = 14  # for weights and for biases: log standard deviation, mean and five quantiles in units of it
+LAYER_STATISTICS = 28  # for weights and for biases: seven log statistics, seven plain ones
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def layer_statistics(flat: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """Log statistics of every layer, weights and biases apart (after Unterthiner et al. 2020).
+    """Log and plain statistics of every layer, weights and biases apart (after Unterthiner et al. 2020).
 
     Args:
         flat: (n, N) float, flat weight vectors of one architecture.
         layout: its layout.
 
     Returns:
-        (n, L, 14) float; NaN where a layer has no bias.
+        (n, L, 28) float; NaN where a layer has no bias.
     """
     statistics = torch.full((flat.shape[0], len(layout.layers), LAYER_STATISTICS), float("nan"))
     half = LAYER_STATISTICS // 2
     for number, layer in enumerate(layout.layers):
         for part, name in enumerate(name for name in (layer.name, layer.bias) if name is not None):
-            statistics[:, number, part * half : (part + 1) * half] = _log_statistics(
-                flat[:, slice(*layout.slices[name])]
-            )
+            statistics[:, number, part * half : (part + 1) * half] = _statistics(flat[:, slice(*layout.slices[name])])
     return statistics
 
 
-def _log_statistics(values: torch.Tensor) -> torch.Tensor:
-    """(n, m) weights to (n, 7): log standard deviation, then asinh of mean and quantiles over it."""
+def _statistics(values: torch.Tensor) -> torch.Tensor:
+    """(n, m) weights to (n, 14): log deviation, asinh of mean and quantiles over it; variance, mean, quantiles."""
     std = values.std(dim=1, correction=0, keepdim=True)
     quantiles = torch.quantile(values, torch.tensor(QUANTILES, dtype=values.dtype), dim=1).T
     location = torch.cat([values.mean(dim=1, keepdim=True), quantiles], dim=1)
     # biases often start at exactly zero: the floor keeps logarithm and ratio finite
-    return torch.cat([(std + 1e-4).log(), torch.asinh(location / (std + 1e-4))], dim=1)
+    return torch.cat([(std + 1e-4).log(), torch.asinh(location / (std + 1e-4)), std.square(), location], dim=1)
 
 
 def behavior_statistics(logits: torch.Tensor) -> torch.Tensor:
@@ -67,12 +66,14 @@ def behavior_statistics(logits: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def zoo_logits(architecture: str, configs: list[dict], flat: torch.Tensor, layout: TokenLayout, images: torch.Tensor):
+def zoo_logits(
+    architecture: str, configs: Sequence[str], flat: torch.Tensor, layout: TokenLayout, images: torch.Tensor
+):
     """Answers of every checkpoint of a zoo on the same images.
 
     Args:
         architecture: name in `sane_hf.architectures`.
-        configs: n architecture configs, one per checkpoint.
+        configs: n architecture configs (JSON), one per checkpoint.
         flat: (n, N) float, weights.
         layout: their layout.
         images: (m, C, H, W) float.

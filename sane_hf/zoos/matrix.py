@@ -46,6 +46,12 @@ class ZooMatrix:
         """Architecture config (JSON) of every checkpoint."""
         return self.columns["architecture_config"].tolist()
 
+    def state_dict(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One flat vector of weights (N,) as a state dict of views."""
+        return {
+            name: flat[slice(*self.layout.slices[name])].view(self.layout.shapes[name]) for name in self.layout.keys
+        }
+
     def take(self, rows: np.ndarray | Sequence[int]) -> ZooMatrix:
         """Some checkpoints: (n,) bool, or row numbers."""
         rows = np.asarray(rows)

@@ -21,13 +21,13 @@ EVERYTHING = {
 }
 
 
-def tiny(model_class=SaneForPreTraining, **changes):
+def tiny(model_class=SaneForPreTraining, spread=0.2, **changes):
     """A tiny model in evaluation mode, its weights spread so that every part of it matters."""
     torch.manual_seed(0)
     model = model_class(SaneConfig(**{**SIZES, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+            parameter.add_(torch.randn_like(parameter) * spread)
     return model
 
 
@@ -68,12 +68,15 @@ def test_both_attentions_agree(changes):
     assert_same(fused, model(**batch), 1e-5)
 
 
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
 @torch.no_grad()
-def test_padding_changes_nothing(changes):
+def test_padding_changes_nothing(changes, masked):
     """Not the latents, not the reconstruction, not the losses, whatever stands in the padding."""
-    model, batch, extra = tiny(**changes), networks(), targets() if changes else {}
+    model, batch, extra = tiny(spread=0.05, **changes), networks(), targets() if changes else {}
     batch["second_tokens"] = batch["tokens"] * 1.1
+    if not masked:
+        del batch["mask"]
     padded = {
         name: torch.cat([value, torch.zeros(3, 4, *value.shape[2:], dtype=value.dtype)], dim=1)
         for name, value in batch.items()
@@ -81,13 +84,18 @@ def test_padding_changes_nothing(changes):
     for name in ("tokens", "second_tokens"):
         padded[name][:, 9:] = 5 * torch.randn(3, 4, 8)
     padded["positions"][:, 9:] = torch.tensor([31, 1, 15])  # also of a layer that is there
-    alone, together = model(**batch, **extra), model(**padded, **extra)
-    assert (together.latents[:, 9:] == 0).all()
-    for name in ("latents", "reconstruction"):
-        together[name] = together[name][:, :9]
-    assert_same(alone, together, 1e-6)
-    pooled = model.sane(**{name: padded[name] for name in networks()}).pooler_output
-    torch.testing.assert_close(pooled, alone.latents[:3].mean(dim=1), atol=1e-6, rtol=0)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        alone, together = (
+            model.to(dtype)(**{name: value.to(dtype) if value.is_floating_point() else value for name, value in given})
+            for given in ([*batch.items(), *extra.items()], [*padded.items(), *extra.items()])
+        )
+        assert (together.latents[:, 9:] == 0).all()
+        for name in ("latents", "reconstruction"):
+            together[name] = together[name][:, :9]
+        assert_same(alone, together, tolerance)
+    del padded["second_tokens"]
+    pooled = model.sane(**{**padded, "tokens": padded["tokens"].double()}).pooler_output
+    torch.testing.assert_close(pooled, alone.latents[:3].mean(dim=1), atol=1e-12, rtol=0)
 
 
 @torch.no_grad()

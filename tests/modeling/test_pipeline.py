@@ -157,7 +157,7 @@ def test_bad_input_is_named(embed, mixed, checkpoint, tmp_path):
 def test_with_the_package_it_needs_no_trust(checkpoint, embed):
     """The package registers the task, and its own class is used although the folder names another."""
     found = pipeline("weight-feature-extraction", model=str(checkpoint.folder), device="cpu")
-    assert type(found) is WeightFeatureExtractionPipeline
+    assert isinstance(found, WeightFeatureExtractionPipeline)
     assert torch.equal(found(checkpoint.networks[0]), embed(checkpoint.networks[0]))
 
 

@@ -175,6 +175,12 @@ def test_impossible_settings_are_refused(change, message):
         Population("tiny", **change)
 
 
+def test_no_worker_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="workers must be at least 1, found 0"):
+        train_population(tmp_path / "zoo", SMALL, workers=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_kill_9_and_resume_end_in_the_same_zoo(root, tmp_path):
     command = [sys.executable, str(root / "datasets_scripts" / "digits_cnn.py"), "--networks", "200", "--epochs", "5"]
