@@ -48,7 +48,13 @@ def main() -> None:
         run_one(arguments.recipe, arguments.runs, *arguments.one)
         return
     subprocess.run([sys.executable, "datasets_scripts/digits_cnn.py"], check=True)
-    pairs = [(seed, split) for split in arguments.splits for seed in arguments.seeds]
+    seeds = arguments.seeds
+    # in this order the first runs already cover every split and every seed
+    pairs = [
+        (seeds[(n + turn) % len(seeds)], split)
+        for turn in range(len(seeds))
+        for n, split in enumerate(arguments.splits)
+    ]
     failed = run_all(arguments.recipe, arguments.runs, pairs, arguments.workers)
     metrics = {
         (seed, split): json.loads((folder_of(arguments.runs, seed, split) / FINISHED).read_text())

@@ -91,7 +91,6 @@ class SanePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keys_to_ignore_on_load_unexpected = [r"^projection\.", r"^statistics_head\.", r"^behavior_head\."]
     _can_record_outputs = {"hidden_states": SaneLayer, "attentions": SaneAttention}
 
     @torch.no_grad()
@@ -102,11 +101,10 @@ class SanePreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
             if module.identity:
                 init.copy_(module.weight, torch.eye(*module.weight.shape[1:]).expand_as(module.weight))
-        elif isinstance(module, SaneLayer):
+        elif getattr(module, "is_residual", False):
             # Residual branches start small, by depth, as in GPT-2.
-            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.attention.o_proj.weight, std=std)
-            init.normal_(module.mlp.fc2.weight, std=std)
+            depth = 2 * self.config.num_hidden_layers
+            init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(depth))
 
 
 class SaneModel(SanePreTrainedModel):

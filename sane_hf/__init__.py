@@ -14,6 +14,7 @@ Example:
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoTokenizer
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from sane_hf.modeling import SaneConfig, SaneForPreTraining, SaneModel, WeightTokenizer
 
@@ -26,6 +27,12 @@ AutoConfig.register("sane", SaneConfig, exist_ok=True)
 AutoModel.register(SaneConfig, SaneModel, exist_ok=True)
 AutoModelForPreTraining.register(SaneConfig, SaneForPreTraining, exist_ok=True)
 AutoTokenizer.register(SaneConfig, WeightTokenizer, exist_ok=True)
+# By name, as transformers keeps its own: the class, and with it alignment, is imported when a pipeline is made.
+PIPELINE_REGISTRY.supported_tasks["weight-feature-extraction"] = {
+    "impl": "sane_hf.pipelines.WeightFeatureExtractionPipeline",
+    "pt": (AutoModel,),
+    "type": "multimodal",
+}
 
 
 def __getattr__(name: str) -> Any:

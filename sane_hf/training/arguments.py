@@ -40,8 +40,6 @@ class ViewArguments:
 class BehaviorArguments:
     """Losses that look at what networks do. Off by default; they need the zoo's images, never labels.
 
-    The behavioural loss trains the decoder alone: through the encoder it crowds out what makes latents predict.
-
     Attributes:
         images: name of the image dataset that queries are drawn from; none switches everything here off.
         targets: teach the statistics head label-free behaviour (entropy, confidence, scale, output components).
@@ -51,8 +49,8 @@ class BehaviorArguments:
         start: share of the training after which the behavioural loss sets in.
         networks: networks of each batch that it looks at.
         queries: images per step.
-        latent_noise: largest noise on the latents before decoding for the behavioural loss, in units of the latents'
-            standard deviation over the batch; each sample draws its own level below that, small ones more often.
+        latent_noise: largest noise on the latents of half of them before decoding, in units of the latents' standard
+            deviation over the batch; each draws its own level below that, small ones more often.
     """
 
     images: str | None = None
@@ -106,6 +104,11 @@ class Recipe:
             raise ValueError(f"model.gamma={gamma} asks for contrast between two views: set views.second_view: true")
         if self.views.second_view and gamma == 0:
             raise ValueError("views.second_view=true doubles the work for a contrast that model.gamma=0 switches off")
+        if self.behavior.weight and self.views.window is not None:
+            raise ValueError(
+                f"behavior.weight={self.behavior.weight} runs whole networks, but views.window={self.views.window} "
+                "cuts them: leave the window out, or set behavior.weight: 0"
+            )
         for name in ("output_dir", "seed"):
             if name in self.trainer:
                 raise ValueError(f"trainer.{name} is given at the top of a recipe: write `{name}:` there instead")

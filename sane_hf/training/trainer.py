@@ -54,14 +54,19 @@ class SaneTrainer(Trainer):
         return self.behavior_loss is not None and self.behavior.weight > 0 and started
 
     def _divergence(self, model, inputs, outputs, index) -> torch.Tensor:
-        """Divergence of networks decoded from noised latents; each sample has its own noise level."""
+        """Divergence of decoded networks: half of them as they are, half from noised latents.
+
+        The noised half, each at a level of its own, trains the decoder alone: through the encoder, what cannot be
+        undone would crowd out what makes latents predict.
+        """
         sane = self.accelerator.unwrap_model(model).sane
-        latents = outputs.latents[: len(index)].detach()
-        index = index[: self.behavior.networks]
-        level = torch.rand(len(index), 1, 1, device=latents.device).square() * self.behavior.latent_noise
-        noise = level * latents.std(dim=0) * torch.randn_like(latents[: len(index)])
-        decoded = sane.decode(latents[: len(index)] + noise, inputs["positions"][: len(index)])
-        return self.behavior_loss(decoded, inputs["labels"][: len(index)], index, self.state.global_step)
+        rows = torch.arange(min(self.behavior.networks, len(index)), device=outputs.latents.device)
+        latents = outputs.latents[rows]
+        level = torch.rand(len(rows), 1, 1, device=rows.device).square() * self.behavior.latent_noise
+        noise = level * outputs.latents.detach().std(dim=0) * torch.randn_like(latents)
+        noised = torch.where(rows[:, None, None] % 2 == 1, latents.detach() + noise, latents)
+        decoded = sane.decode(noised, inputs["positions"][rows])
+        return self.behavior_loss(decoded, inputs["labels"][rows], index[rows], self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averages of the loss's parts since the last log."""

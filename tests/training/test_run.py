@@ -58,6 +58,7 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe):
         ({"model.gamma": 0.1}, "second_view"),
         ({"views.second_view": True}, "model.gamma"),
         ({"behavior.images": None}, "behavior.weight=0.3 needs behavior.images"),
+        ({"views.window": 10}, "runs whole networks"),
         ({"views.permuted": 1.5}, "share between 0 and 1"),
     ],
 )
