@@ -116,8 +116,7 @@ class LayerPath(nn.Module):
     """A linear map of its own for every layer of the network that is read.
 
     One product computes all layers' outputs and the token's own is taken, which keeps the graph static. A path that
-    starts as the identity, as far as its sizes allow, passes from the first step what there is room for; one that does
-    not starts at zero.
+    starts as the identity, as far as its sizes allow, passes from the first step what there is room for.
     """
 
     def __init__(self, num_layers: int, in_features: int, out_features: int, identity: bool):

@@ -55,8 +55,8 @@ class SaneConfig(PreTrainedConfig):
         projection_size (`int`): width of the projection head under the contrastive loss.
         layer_path (`bool`): a linear map of its own for every layer from token to latent, and from latent to token,
             beside the transformers.
-        token_statistics (`bool`): give the encoder five statistics of the weights of every token, and the same of its
-            layer, as further inputs (mean, log standard deviation, mean magnitude, extremes).
+        token_statistics (`bool`): give the encoder as further inputs the magnitude of every weight and five statistics
+            of every token and of its layer (mean, log standard deviation, mean magnitude, extremes).
         statistics_size (`int`): numbers per layer that the statistics head predicts from pooled latents; 0: no head.
         behavior_size (`int`): label-free numbers per network that the statistics head predicts; 0: none.
         gamma (`float`): share of the contrastive loss, `gamma * contrast + (1 - gamma) * reconstruction` (eq. 4).

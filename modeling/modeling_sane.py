@@ -97,10 +97,11 @@ class SanePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, LayerPath):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
+            start = torch.randn_like(module.weight) * self.config.initializer_range
             if module.identity:
-                init.copy_(module.weight, torch.eye(*module.weight.shape[1:]).expand_as(module.weight))
+                start += torch.eye(*module.weight.shape[1:], device=start.device)
+            init.copy_(module.weight, start)
+            init.zeros_(module.bias)
         elif getattr(module, "is_residual", False):
             # Residual branches start small, by depth, as in GPT-2.
             depth = 2 * self.config.num_hidden_layers
@@ -126,7 +127,9 @@ class SaneModel(SanePreTrainedModel):
 
     def __init__(self, config: SaneConfig):
         super().__init__(config)
-        inputs = config.token_size + (WEIGHT_STATISTICS if config.token_statistics else 0)
+        inputs = config.token_size
+        if config.token_statistics:
+            inputs += config.token_size + WEIGHT_STATISTICS
         self.token_embed = nn.Linear(inputs, config.hidden_size)
         self.positions = SanePositions(config)
         self.encoder = nn.ModuleList(SaneLayer(config) for _ in range(config.num_hidden_layers))
@@ -163,12 +166,10 @@ class SaneModel(SanePreTrainedModel):
         if positions is None:
             positions = default_positions(tokens, self.positions.sizes)
         mask = real_weights(tokens, mask, attention_mask)
-        if attention_mask is not None:
-            mask = mask & attention_mask.bool()[..., None]
         embedded = tokens
         if self.config.token_statistics:
             statistics = weight_statistics(tokens, mask, positions[..., 1], self.config.max_positions[1])
-            embedded = torch.cat([tokens, statistics], dim=-1)
+            embedded = torch.cat([tokens, (tokens * mask).abs(), statistics], dim=-1)
         hidden = self.dropout(self.token_embed(embedded) + self.positions(positions))
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask)
         for layer in self.encoder:

@@ -50,7 +50,7 @@ class BehaviorArguments:
         networks: networks of each batch that it looks at.
         queries: images per step.
         latent_noise: largest noise on the latents of half of them before decoding, in units of the latents' standard
-            deviation over the batch; each draws its own level below that, small ones more often.
+            deviation over the batch; each draws its own level below that.
     """
 
     images: str | None = None

@@ -62,7 +62,7 @@ class SaneTrainer(Trainer):
         sane = self.accelerator.unwrap_model(model).sane
         rows = torch.arange(min(self.behavior.networks, len(index)), device=outputs.latents.device)
         latents = outputs.latents[rows]
-        level = torch.rand(len(rows), 1, 1, device=rows.device).square() * self.behavior.latent_noise
+        level = torch.rand(len(rows), 1, 1, device=rows.device) * self.behavior.latent_noise
         noise = level * outputs.latents.detach().std(dim=0) * torch.randn_like(latents)
         noised = torch.where(rows[:, None, None] % 2 == 1, latents.detach() + noise, latents)
         decoded = sane.decode(noised, inputs["positions"][rows])

@@ -311,7 +311,8 @@ def test_a_layer_path_is_one_linear_map_for_each_layer():
     expected = torch.einsum("bti,btio->bto", inputs, path.weight[layers]) + path.bias[layers]
     torch.testing.assert_close(path(inputs, layers), expected)
     fresh = SaneModel(SaneConfig(**SIZES, layer_path=True))
-    torch.testing.assert_close(fresh.encoder_path(torch.ones(1, 1, 8), layers[:1, :1]), torch.ones(1, 1, 6))
+    identity = torch.eye(8, 6).expand_as(fresh.encoder_path.weight)
+    assert (fresh.encoder_path.weight - identity).abs().max() < 6 * fresh.config.initializer_range
 
 
 @pytest.mark.parametrize(
@@ -376,13 +377,13 @@ def test_precisions():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model(**batch, **extra)
     assert abs(mixed.loss - single.loss) < 0.05 * single.loss
-    for dtype, tolerance in ((torch.float64, 1e-4), (torch.bfloat16, 0.2)):
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.02)):
         cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
         other = {name: value.to(dtype) for name, value in extra.items()}
         output = model.to(dtype)(**cast, **other)
         assert output.latents.dtype == dtype
         assert output.loss.isfinite()
-        torch.testing.assert_close(output.latents.float(), single.latents, atol=tolerance, rtol=tolerance)
+        assert (output.latents.float() - single.latents).norm() < tolerance * single.latents.norm()
 
 
 def test_a_toy_is_learned():
