@@ -148,5 +148,7 @@ class TokenTables:
         if name not in self.tables:
             if size > (_LARGEST_TABLE if whole else _SMALL_TABLE):
                 return build(first, last)
-            self.tables[name] = build(0, self.num_tokens)
+            # a table built under inference mode would be of no use in training afterwards
+            with torch.inference_mode(False):
+                self.tables[name] = build(0, self.num_tokens)
         return self.tables[name] if whole else self.tables[name][first:last]

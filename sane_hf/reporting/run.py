@@ -20,7 +20,7 @@ from sane_hf.reporting.generating import DRAWN, KEPT, generation
 from sane_hf.reporting.looking import embedding_map, layer_moves
 from sane_hf.reporting.probing import PROBES, TARGETS, TRAINED, embedding, probing
 from sane_hf.reporting.reconstructing import reconstruction
-from sane_hf.reporting.stages import Stages
+from sane_hf.reporting.stages import Stages, one_thread
 from sane_hf.reporting.subject import ANCHORS, Subject, load_subject
 from sane_hf.reporting.tables import (
     claims_table,
@@ -76,11 +76,12 @@ def report(run_dir: str | Path, zoo: str | None = None, seed: int = 0, quick: bo
     subject = load_subject(folder, zoo)
     stages = Stages(folder / "evaluation", subject.content)
     settings = {"seed": seed, "quick": quick}
-    layer_means = stages.run("embedding", lambda: embedding(subject))["layer_means"]
-    probed = stages.run("probing", lambda: probing(subject, layer_means, seed, quick), **settings)
     limit = QUICK_TEST_NETWORKS if quick else None
-    decoded = stages.run("reconstruction", lambda: reconstruction(subject, seed, limit), **settings)
-    generated = stages.run("generation", lambda: generation(subject, seed, quick), **settings)
+    with one_thread():
+        layer_means = stages.run("embedding", lambda: embedding(subject))["layer_means"]
+        decoded = stages.run("reconstruction", lambda: reconstruction(subject, seed, limit), **settings)
+        generated = stages.run("generation", lambda: generation(subject, seed, quick), **settings)
+    probed = stages.run("probing", lambda: probing(subject, layer_means, seed, quick), **settings)
 
     training = json.loads((folder / "training.json").read_text())["metrics"]
     metrics: dict[str, Any] = {

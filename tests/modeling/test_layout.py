@@ -249,3 +249,12 @@ def test_bad_windows_are_named() -> None:
             plan_windows(*arguments)
     with pytest.raises(ValueError, match=r"the plan needs \(B, 3, 6, ...\)"):
         merge_windows(torch.zeros(1, 2, 6, 4), plan_windows(10, 4, 1))
+
+
+def test_tables_first_used_in_inference_mode_serve_training_afterwards():
+    layout = TokenLayout.plan({"a.weight": (3, 4), "a.bias": (3,)}, token_size=5)
+    with torch.inference_mode():
+        layout.mask()
+    weights = torch.randn(3, 5, requires_grad=True)
+    torch.where(layout.mask(), weights, 0).sum().backward()
+    assert torch.equal(weights.grad, layout.mask().float())

@@ -31,12 +31,12 @@ def reported(finished_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reported") / "run"
     shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting_run, "generation", _interrupt)
+        patch.setattr(reporting_run, "probing", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             report(folder, quick=True)
         assert not (folder / "metrics.json").exists()
     with pytest.MonkeyPatch.context() as patch:
-        for stage in ("embedding", "probing", "reconstruction"):
+        for stage in ("embedding", "reconstruction", "generation"):
             patch.setattr(reporting_run, stage, _interrupt)  # kept: must not run again
         report(folder, quick=True)
     return folder
