@@ -33,7 +33,7 @@ BASE = [
     "rich>=13.8",
     "tqdm>=4.66.3",
 ]
-ANALYSIS = ["scikit-learn>=1.7", "matplotlib>=3.9"]
+ANALYSIS = ["scikit-learn>=1.7", "matplotlib>=3.9", "threadpoolctl>=3.5"]
 APP = ["gradio>=6.16"]
 DEV = [
     *ANALYSIS,

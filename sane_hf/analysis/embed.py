@@ -29,7 +29,7 @@ def embed(
     source: Source,
     model: SanePreTrainedModel | str | PathLike,
     tokenizer: WeightTokenizer | None = None,
-    readout: str = "layer_mean",
+    readout: str = "layer_mean_std",
     *,
     align: bool = True,
     window: int | None = None,
@@ -65,7 +65,7 @@ def embed(
         >>> model = SaneModel(SaneConfig(token_size=4, latent_size=3, hidden_size=8, num_attention_heads=2))
         >>> network = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Linear(5, 1)).state_dict()
         >>> embed([network, network], model, tokenizer).shape
-        torch.Size([2, 6])
+        torch.Size([2, 12])
     """
     model, tokenizer = _load(model, tokenizer)
     networks = [source] if isinstance(source, Mapping | str | PathLike) else list(source)
@@ -101,7 +101,7 @@ def embed_flat(
     layout: TokenLayout,
     model: SanePreTrainedModel,
     tokenizer: WeightTokenizer,
-    readout: str | Readout = "layer_mean",
+    readout: str | Readout = "layer_mean_std",
     *,
     window: int | None = None,
     halo: int = 0,

@@ -14,6 +14,7 @@ from sane_hf.generation.baselines import average_at_distance, isotropic_noise, s
 from sane_hf.generation.comparison import Outcome, compare_at_distance, outcome
 from sane_hf.generation.novelty import independent_distance, nearest_distance, pairwise_distance
 from sane_hf.generation.selection import select_best
+from sane_hf.generation.tolerance import behavior_tolerance
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "kde_shared_anchor": kde_shared_anchor.sample,
@@ -26,6 +27,7 @@ __all__ = [
     "SAMPLERS",
     "Outcome",
     "average_at_distance",
+    "behavior_tolerance",
     "compare_at_distance",
     "independent_distance",
     "isotropic_noise",

@@ -32,7 +32,13 @@ def isotropic_noise(anchors: Tensor, num_samples: int, distance: float | Tensor,
     return _noise(anchors, num_samples, distance, generator, None)
 
 
-def shaped_noise(anchors: Tensor, num_samples: int, distance: float | Tensor, generator: torch.Generator) -> Tensor:
+def shaped_noise(
+    anchors: Tensor,
+    num_samples: int,
+    distance: float | Tensor,
+    generator: torch.Generator,
+    scale: Tensor | None = None,
+) -> Tensor:
     """Anchors plus noise as strong on each weight as the anchors differ there, exactly as far as asked.
 
     Args:
@@ -40,6 +46,7 @@ def shaped_noise(anchors: Tensor, num_samples: int, distance: float | Tensor, ge
         num_samples: As in `isotropic_noise`.
         distance: As in `isotropic_noise`.
         generator: As in `isotropic_noise`.
+        scale: (N,) another shape of the noise, such as the tolerance of each weight.
 
     Returns:
         Flat weights (S, N).
@@ -48,7 +55,7 @@ def shaped_noise(anchors: Tensor, num_samples: int, distance: float | Tensor, ge
         ValueError: As in `isotropic_noise`, or anchors that do not differ, which shape no noise.
     """
     check_sampling(anchors, num_samples, 0.0, ndim=2)
-    scale = spread(anchors)
+    scale = spread(anchors) if scale is None else scale
     if not scale.any():
         raise ValueError("shaped noise follows how the anchors differ: pass at least two different anchors.")
     return _noise(anchors, num_samples, distance, generator, scale)

@@ -60,6 +60,7 @@ def compare_at_distance(
     test: Accuracy,
     keep: int,
     generator: torch.Generator,
+    tolerance: Tensor | None = None,
 ) -> dict[str, Outcome]:
     """What noise and averaging reach at the distances of given samples, with the same number of draws and selection.
 
@@ -73,9 +74,11 @@ def compare_at_distance(
         test: The same on test images.
         keep: How many of the S peers to keep, as of the samples.
         generator: Source of all randomness.
+        tolerance: (N,) tolerance of each weight (`behavior_tolerance`), where noise of that shape is wanted as well.
 
     Returns:
-        Outcomes by name: ``noise`` (isotropic), ``shaped_noise`` (by the spread of the anchors), ``average``.
+        Outcomes by name: ``noise`` (isotropic), ``shaped_noise`` (by the spread of the anchors), ``average``, and
+        ``tolerant_noise`` where a tolerance is given.
 
     Raises:
         ValueError: As in the functions of `baselines`.
@@ -91,8 +94,12 @@ def compare_at_distance(
     """
     count = len(distances)
     averages, reached = average_at_distance(anchors, count, distances, generator)
-    return {
+    found = {
         "noise": outcome(isotropic_noise(anchors, count, distances, generator), distances, validation, test, keep),
         "shaped_noise": outcome(shaped_noise(anchors, count, distances, generator), distances, validation, test, keep),
         "average": outcome(averages, reached, validation, test, keep),
     }
+    if tolerance is not None:
+        tolerant = shaped_noise(anchors, count, distances, generator, tolerance)
+        found["tolerant_noise"] = outcome(tolerant, distances, validation, test, keep)
+    return found

@@ -9,14 +9,29 @@ import torch
 from torch import Tensor
 
 from sane_hf.analysis.embed import encode_flat
-from sane_hf.generation import SAMPLERS, compare_at_distance, independent_distance, nearest_distance, outcome
-from sane_hf.members import train
+from sane_hf.generation import (
+    SAMPLERS,
+    behavior_tolerance,
+    compare_at_distance,
+    independent_distance,
+    nearest_distance,
+    outcome,
+)
+from sane_hf.members import forward, train
+from sane_hf.modeling import flat_from_tokens
 from sane_hf.reporting.subject import Subject, decode_latents
 from sane_hf.zoos.hyperparameters import initialize
 
-SAMPLER = "kde_shared_anchor"
-BANDWIDTHS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-OTHERS = (("kde_independent", 0.1), ("interpolation", 0.5))  # for comparison, one point each
+# The kernel of the sweep: one anchor a sample, noise shaped by what behaviour tolerates.
+SAMPLER = "kde_tolerant"
+BANDWIDTHS = (0.1, 0.2, 0.3, 0.5, 0.7)  # distances of about .1 to .6 between independent networks
+# For comparison: the same with noise shaped by the anchors' spread, as the paper's code has it; and one point each.
+OTHERS = (
+    *(("kde_shared_anchor", bandwidth) for bandwidth in BANDWIDTHS),
+    ("kde_independent", 0.1),
+    ("interpolation", 0.5),
+)
+TOLERANCE_IMAGES = 256  # unlabelled training images
 QUICK_BANDWIDTHS = (0.1, 0.5)
 DRAWN, KEPT = 50, 10
 LEARNING_RATE, BATCH_SIZE = 1e-3, 32
@@ -33,7 +48,8 @@ def generation(subject: Subject, seed: int, quick: bool = False) -> dict[str, An
     Returns:
         `points` (the sweep) and `others` (other samplers), each a dict of what stands in metrics.json and
         `isotropic_noise_accuracy`, `shaped_noise_accuracy`, `average_distance`, `median_accuracy` (all that were
-        drawn); `noise_accuracy` is the better of the two kinds of noise. `scratch`; `independent_distance`, the unit
+        drawn), `tolerant_noise_accuracy` (noise on weights shaped by the weights' own tolerance); `noise_accuracy` is
+        the better of the first two kinds of noise. `scratch`; `independent_distance`, the unit
         of all distances; and `curves` for the plot.
     """
     bench = _Bench(subject, seed)
@@ -55,6 +71,9 @@ class _Bench:
         self.anchors = subject.normalize(subject.flat[torch.from_numpy(subject.anchors)])
         self.configs = subject.configs(subject.anchors)
         self.latents = self._encode(subject.anchors)
+        generator = torch.Generator().manual_seed(seed)
+        self.latent_tolerance = behavior_tolerance(self.latents, self._decoded_answers, generator)
+        self.weight_tolerance = behavior_tolerance(self.anchors, self._answers, generator)
         train_rows = subject.rows("train")
         self.train = subject.normalize(subject.flat[torch.from_numpy(train_rows)])
         self.decoded = torch.cat(
@@ -67,10 +86,12 @@ class _Bench:
     def point(self, sampler: str, bandwidth: float) -> dict[str, Any]:
         """Draw, select, compare and fine-tune at one bandwidth."""
         generator = torch.Generator().manual_seed(self.seed)
-        samples = self._decode(SAMPLERS[sampler](self.latents, DRAWN, bandwidth, generator))
+        samples = self._decode(self._sample(sampler, bandwidth, generator))
         distances, _ = nearest_distance(samples, self.decoded)
         found = outcome(samples, distances, self.validation, self.test, KEPT)
-        peers = compare_at_distance(self.anchors, distances, self.validation, self.test, KEPT, generator)
+        peers = compare_at_distance(
+            self.anchors, distances, self.validation, self.test, KEPT, generator, self.weight_tolerance
+        )
         kept = samples[found.kept]
         to_train, _ = nearest_distance(kept, self.train)
         noise = {name: peers[name].accuracy for name in ("noise", "shaped_noise")}
@@ -85,6 +106,7 @@ class _Bench:
             "average_accuracy": peers["average"].accuracy,
             "isotropic_noise_accuracy": noise["noise"],
             "shaped_noise_accuracy": noise["shaped_noise"],
+            "tolerant_noise_accuracy": peers["tolerant_noise"].accuracy,
             "average_distance": peers["average"].distance / self.unit,
             "median_accuracy": found.median,
         }
@@ -139,6 +161,24 @@ class _Bench:
         # Anchors share all of their configuration that matters in evaluation.
         configs = [self.configs[0]] * len(normalized)
         return torch.from_numpy(self.subject.accuracy(self.subject.denormalize(normalized), configs, split))
+
+    def _sample(self, sampler: str, bandwidth: float, generator: torch.Generator) -> Tensor:
+        if sampler != SAMPLER:
+            return SAMPLERS[sampler](self.latents, DRAWN, bandwidth, generator)
+        scale = self.latent_tolerance
+        return SAMPLERS["kde_shared_anchor"](self.latents, DRAWN, bandwidth, generator, scale=scale)
+
+    def _decoded_answers(self, latents: Tensor) -> Tensor:
+        """Log probabilities (A, m, classes) of networks decoded from latents, differentiable."""
+        subject = self.subject
+        positions = subject.layout.positions().expand(len(latents), -1, -1)
+        return self._answers(flat_from_tokens(subject.model.decode(latents, positions), subject.layout))
+
+    def _answers(self, normalized: Tensor) -> Tensor:
+        """Log probabilities (A, m, classes) of the anchors' kind of network, differentiable."""
+        subject, images = self.subject, self.subject.images.train.images[:TOLERANCE_IMAGES]
+        networks = subject.stacked(subject.denormalize(normalized))
+        return forward(subject.zoo.architecture, self.configs, networks, images).log_softmax(dim=-1)
 
     def _encode(self, rows: np.ndarray) -> Tensor:
         subject = self.subject

@@ -42,12 +42,12 @@ class LayerMoves:
     distances: np.ndarray
 
 
-def layer_moves(subject: Subject, layer_means: np.ndarray) -> LayerMoves:
+def layer_moves(subject: Subject, layer_embeddings: np.ndarray) -> LayerMoves:
     """Measure every layer's distance to its own embedding at the first epoch.
 
     Args:
         subject: gives epochs and splits.
-        layer_means: (n, L, Z) layer-wise embeddings.
+        layer_embeddings: (n, L, Z) layer-wise embeddings.
 
     Returns:
         Quartiles over test networks, in units of the mean distance between two of them at that layer, last epoch.
@@ -59,7 +59,7 @@ def layer_moves(subject: Subject, layer_means: np.ndarray) -> LayerMoves:
     place = dict(zip(keys, rows.tolist(), strict=True))
     whole = [model for model in models if all((model, epoch) in place for epoch in epochs)]
     index = np.array([[place[model, epoch] for epoch in epochs] for model in whole])  # (M, E)
-    trajectories = layer_means[index].astype(np.float64)  # (M, E, L, Z)
+    trajectories = layer_embeddings[index].astype(np.float64)  # (M, E, L, Z)
     moved = np.linalg.norm(trajectories - trajectories[:, :1], axis=-1)  # (M, E, L)
     last = trajectories[:, -1]
     apart = np.linalg.norm(last[:, None] - last[None], axis=-1).sum(axis=(0, 1)) / max(1, len(last) * (len(last) - 1))

@@ -9,7 +9,7 @@ import numpy as np
 
 from sane_hf.analysis import held_out_predictions, metadata_features, score, weight_statistics
 from sane_hf.analysis.embed import encode_flat
-from sane_hf.analysis.readouts import per_layer_mean
+from sane_hf.analysis.readouts import layer_mean_std
 from sane_hf.reporting.subject import Subject
 
 TARGETS = ("test_accuracy", "epoch", "generalization_gap")
@@ -28,23 +28,24 @@ def embedding(subject: Subject) -> dict[str, np.ndarray]:
     """Layer-wise embedding of every checkpoint.
 
     Returns:
-        `layer_means` (n, L, Z) float32, mean of the latents over the tokens of each layer.
+        `layers` (n, L, 2Z) float32: mean and standard deviation of the latents over the tokens of each layer.
     """
     parts = []
     layers = subject.layout.layer_of_token()
     for start in range(0, len(subject.flat), 1024):
         latents = encode_flat(subject.flat[start : start + 1024], subject.layout, subject.model, subject.tokenizer)
         real = latents.new_ones(latents.shape[:2]).bool()
-        parts.append(per_layer_mean(latents, real, layers.expand(real.shape)).numpy())
-    return {"layer_means": np.concatenate(parts)}
+        found = layer_mean_std(latents, real, layers.expand(real.shape))  # all means, then all deviations
+        parts.append(found.unflatten(1, (2, -1, latents.shape[-1])).transpose(1, 2).flatten(2).numpy())
+    return {"layers": np.concatenate(parts)}
 
 
-def probing(subject: Subject, layer_means: np.ndarray, seed: int, quick: bool = False) -> dict[str, Any]:
+def probing(subject: Subject, layer_embeddings: np.ndarray, seed: int, quick: bool = False) -> dict[str, Any]:
     """Probe every feature set with ridge and with trees, on all and on trained epochs.
 
     Args:
         subject: model and zoo.
-        layer_means: (n, L, Z), from `embedding`; concatenated over layers they are the latents' features.
+        layer_embeddings: (n, L, 2Z), from `embedding`; concatenated over layers they are the latents' features.
         seed: of the trees.
         quick: leave out the trees on raw weights, which take as long as all others together.
 
@@ -53,7 +54,7 @@ def probing(subject: Subject, layer_means: np.ndarray, seed: int, quick: bool = 
         trained epochs, `{target: [R² of every layer]}`; and as arrays `ridge_TARGET` and `trees_TARGET`, predictions
         of the test rows from the latents, all epochs.
     """
-    features = feature_sets(subject, layer_means)
+    features = feature_sets(subject, layer_embeddings)
     trained = subject.epochs >= TRAINED
     result: dict[str, Any] = {"scores": {}}
     for name, (learner, trained_only) in PROBES.items():
@@ -68,7 +69,7 @@ def probing(subject: Subject, layer_means: np.ndarray, seed: int, quick: bool = 
         }
         if not trained_only:
             result.update({f"{learner}_{target}": predictions[target]["latents"] for target in predictions})
-    by_layer = {str(layer): layer_means[trained, layer] for layer in range(layer_means.shape[1])}
+    by_layer = {str(layer): layer_embeddings[trained, layer] for layer in range(layer_embeddings.shape[1])}
     predictions, targets = _predict(subject, by_layer, trained, "ridge", seed)
     result["layers"] = {
         target: [score(targets[target], found[layer])["r2"] for layer in by_layer]
@@ -77,9 +78,9 @@ def probing(subject: Subject, layer_means: np.ndarray, seed: int, quick: bool = 
     return result
 
 
-def feature_sets(subject: Subject, layer_means: np.ndarray) -> dict[str, Any]:
+def feature_sets(subject: Subject, layer_embeddings: np.ndarray) -> dict[str, Any]:
     """The feature sets of metrics.json: name -> (n, F) array, or target -> array for the metadata."""
-    latents = layer_means.reshape(len(layer_means), -1)
+    latents = layer_embeddings.reshape(len(layer_embeddings), -1)
     logs = weight_statistics(subject.flat, subject.layout, log=True).numpy()
     columns = subject.zoo.columns
     known = {name: columns[name].tolist() for name in HYPERPARAMETERS if name in columns}

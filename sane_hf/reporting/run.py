@@ -42,6 +42,7 @@ GENERATION_KEYS = (
     "distance_to_train",
     "noise_accuracy",
     "average_accuracy",
+    "tolerant_noise_accuracy",
 )
 RECONSTRUCTION_KEYS = (
     "r2",
@@ -78,24 +79,25 @@ def report(run_dir: str | Path, zoo: str | None = None, seed: int = 0, quick: bo
     settings = {"seed": seed, "quick": quick}
     limit = QUICK_TEST_NETWORKS if quick else None
     with one_thread():
-        layer_means = stages.run("embedding", lambda: embedding(subject))["layer_means"]
+        layer_embeddings = stages.run("embedding", lambda: embedding(subject))["layers"]
         decoded = stages.run("reconstruction", lambda: reconstruction(subject, seed, limit), **settings)
         generated = stages.run("generation", lambda: generation(subject, seed, quick), **settings)
-    probed = stages.run("probing", lambda: probing(subject, layer_means, seed, quick), **settings)
+    probed = stages.run("probing", lambda: probing(subject, layer_embeddings, seed, quick), **settings)
 
     training = json.loads((folder / "training.json").read_text())["metrics"]
     metrics: dict[str, Any] = {
         **{name: probed["scores"][name] for name in PROBES},
         "reconstruction": {key: decoded["full"][key] for key in RECONSTRUCTION_KEYS},
         "generation": [{key: point[key] for key in GENERATION_KEYS} for point in generated["points"]],
+        "generation_other_samplers": [{key: point[key] for key in GENERATION_KEYS} for point in generated["others"]],
         "scratch": generated["scratch"],
         "seconds": {"training": training["train_runtime"], **stages.seconds},
         "peak_memory_bytes": stages.peak_memory,
     }
     held_out = {"original": decoded["full"]["test_accuracy"], "decoded": decoded["full"]["test_decoded_accuracy"]}
     claims = check_claims(metrics, generated["points"], held_out)
-    _draw(folder, subject, layer_means, probed, decoded, generated)
-    facts = _facts(folder, subject, metrics, layer_means, training)
+    _draw(folder, subject, layer_embeddings, probed, decoded, generated)
+    facts = _facts(folder, subject, metrics, layer_embeddings, training)
     _write_page(folder, facts, claims, metrics, probed, decoded, generated)
     tables = {
         "probe_table": probe_table(metrics["probe"]),
@@ -113,7 +115,7 @@ def report(run_dir: str | Path, zoo: str | None = None, seed: int = 0, quick: bo
 def _draw(
     folder: Path,
     subject: Subject,
-    layer_means: np.ndarray,
+    layer_embeddings: np.ndarray,
     probed: dict[str, Any],
     decoded: dict[str, Any],
     generated: dict[str, Any],
@@ -136,10 +138,10 @@ def _draw(
             for learner, found in scores.items()
         },
     )
-    points, shares = embedding_map(subject, layer_means.reshape(len(layer_means), -1))
+    points, shares = embedding_map(subject, layer_embeddings.reshape(len(layer_embeddings), -1))
     colors = {"test accuracy": columns["test_accuracy"][test], "epoch": subject.epochs[test]}
     plots.plot_map(where / "embedding_map.png", points, shares, colors)
-    moves = layer_moves(subject, layer_means)
+    moves = layer_moves(subject, layer_embeddings)
     plots.plot_layers(where / "layers.png", moves.layers, moves.epochs, moves.distances, probed["layers"])
     curve = decoded["curve"]
     plots.plot_compression(
@@ -162,6 +164,7 @@ def _draw(
                 ("anchors and isotropic noise", "distance_to_decoded", "isotropic_noise_accuracy"),
                 ("anchors and noise shaped by their spread", "distance_to_decoded", "shaped_noise_accuracy"),
                 ("averages of anchors", "average_distance", "average_accuracy"),
+                ("anchors and noise that behaviour tolerates", "distance_to_decoded", "tolerant_noise_accuracy"),
             )
         },
         decoded["full"]["anchor_accuracy"],
@@ -171,7 +174,7 @@ def _draw(
 
 
 def _facts(
-    folder: Path, subject: Subject, metrics: dict[str, Any], layer_means: np.ndarray, training: dict[str, Any]
+    folder: Path, subject: Subject, metrics: dict[str, Any], layer_embeddings: np.ndarray, training: dict[str, Any]
 ) -> dict[str, Any]:
     """What page and card say beside the figures."""
     columns = subject.zoo.columns
@@ -191,7 +194,7 @@ def _facts(
         "checkpoints": len(train),
         "epochs": np.unique(subject.epochs).tolist(),
         "weights": subject.layout.num_weights,
-        "features": layer_means[0].size,
+        "features": layer_embeddings[0].size,
         "parameters": f"{sum(p.numel() for p in subject.model.parameters()):,}",
         "steps": state["global_step"],
         "batch_size": state["train_batch_size"],

@@ -51,6 +51,7 @@ def generation_table(points: Sequence[Mapping[str, Any]]) -> str:
         "to nearest train network",
         "noise",
         "shaped noise",
+        "tolerant noise",
         "averaging",
     ]
     rows = [
@@ -62,6 +63,7 @@ def generation_table(points: Sequence[Mapping[str, Any]]) -> str:
             f"{point['distance_to_train']:.2f}",
             percent(point["isotropic_noise_accuracy"]),
             percent(point["shaped_noise_accuracy"]),
+            percent(point["tolerant_noise_accuracy"]),
             percent(point["average_accuracy"]) + _reached(point),
         ]
         for point in points

@@ -43,10 +43,11 @@ def test_layer_mean_is_the_mean_of_the_latents_of_each_layer(networks, tokenizer
         latents = model.encode(**batch)
     layers = batch["positions"][0, :, 1]
     expected = torch.cat([latents[:, layers == layer].mean(dim=1) for layer in range(5)], dim=1)
-    torch.testing.assert_close(embed(networks, model, tokenizer, align=False), expected, atol=1e-6, rtol=1e-5)
+    found = embed(networks, model, tokenizer, readout="layer_mean", align=False)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     mean = embed(networks, model, tokenizer, readout="mean", align=False)
     torch.testing.assert_close(mean, latents.mean(dim=1), atol=1e-6, rtol=1e-5)
-    deviations = embed(networks, model, tokenizer, readout="layer_mean_std", align=False)[:, 30:].view(5, 5, 6)
+    deviations = embed(networks, model, tokenizer, align=False)[:, 30:].view(5, 5, 6)
     expected = torch.stack([latents[:, layers == layer].std(dim=1, correction=0) for layer in range(5)], dim=1)
     torch.testing.assert_close(deviations, expected, atol=1e-5, rtol=1e-4)
 
@@ -79,7 +80,7 @@ def test_reads_files_and_folders_and_any_order_of_tensors(networks, tokenizer, m
     whole = embed(networks[:2], model, tokenizer)
     torch.testing.assert_close(embed([tmp_path / "network.safetensors", shuffled], model, tokenizer), whole)
     tokenizer.save_pretrained(tmp_path / "model")
-    assert embed(tmp_path / "network.safetensors", tmp_path / "model").shape == (1, 30)
+    assert embed(tmp_path / "network.safetensors", tmp_path / "model").shape == (1, 60)
 
 
 def test_windows_of_any_length_cover_every_token(networks, tokenizer, model):

@@ -99,7 +99,11 @@ def test_samples_of_a_lossless_model(lossless):
         assert point["average_distance"] <= point["distance_to_decoded"] * 1.5
     near, far = result["points"]
     assert near["distance_to_decoded"] < far["distance_to_decoded"]
-    assert {point["sampler"] for point in result["others"]} == {"kde_independent", "interpolation"}
+    assert {point["sampler"] for point in result["others"]} == {
+        "kde_shared_anchor",
+        "kde_independent",
+        "interpolation",
+    }
     assert 0 < result["scratch"]["accuracy_epoch_0"] < 0.5
     networks = lossless.normalize(lossless.flat[torch.from_numpy(lossless.last_rows("train"))])
     distances = torch.cdist(networks, networks)
@@ -109,8 +113,8 @@ def test_samples_of_a_lossless_model(lossless):
 
 
 def test_metadata_never_contains_its_target(subject):
-    layer_means = embedding(subject)["layer_means"]
-    features = feature_sets(subject, layer_means)
+    layer_embeddings = embedding(subject)["layers"]
+    features = feature_sets(subject, layer_embeddings)
     assert {len(values) for name, values in features.items() if name != "metadata"} == {len(subject.flat)}
     metadata = features["metadata"]
     # every epoch of a model has the same row: nothing in it tells them apart
@@ -121,13 +125,13 @@ def test_metadata_never_contains_its_target(subject):
 
 
 def test_maps_and_layers(subject):
-    layer_means = embedding(subject)["layer_means"]
-    assert layer_means.shape == (len(subject.flat), 5, subject.model.config.latent_size)
-    points, shares = embedding_map(subject, layer_means.reshape(len(layer_means), -1))
+    layer_embeddings = embedding(subject)["layers"]
+    assert layer_embeddings.shape == (len(subject.flat), 5, 2 * subject.model.config.latent_size)
+    points, shares = embedding_map(subject, layer_embeddings.reshape(len(layer_embeddings), -1))
     assert points.shape == (len(subject.rows("test")), 2)
     assert 1 >= shares.sum() > 0
     assert shares[0] >= shares[1]
-    moves = layer_moves(subject, layer_means)
+    moves = layer_moves(subject, layer_embeddings)
     assert moves.layers == ["conv1", "conv2", "conv3", "fc1", "fc2"]
     assert moves.distances.shape == (3, 5, 5)
     np.testing.assert_array_equal(moves.distances[:, 0], 0)

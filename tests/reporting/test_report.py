@@ -103,7 +103,7 @@ def test_the_card_is_one_the_hub_reads_and_its_lines_run(reported, metrics, subj
     )
     scope = {}
     exec(lines, scope)
-    assert scope["embeddings"].shape == (1, 5 * subject.model.config.latent_size)
+    assert scope["embeddings"].shape == (1, 2 * 5 * subject.model.config.latent_size)
 
 
 def test_goals_are_reached_by_figures_alone(metrics):
