@@ -213,20 +213,29 @@ def page(runs: Mapping[tuple[int, int], Metrics], found: Mapping[tuple[str, ...]
     parts.append(
         markdown_table(["", "mean ± std"], [[name, cell(*path, percent=p)] for name, (*path, p) in single.items()])
     )
-    points = sorted({path[1] for path in found if path[0] == "generation"}, key=lambda name: float(name.split()[-1]))
+    kinds = ("generation", "generation_other_samplers")
+    points = [
+        (kind, point)
+        for kind in kinds
+        for point in sorted({path[1] for path in found if path[0] == kind}, key=lambda name: float(name.split()[-1]))
+    ]
     columns = {
         "epoch 0 (%)": "accuracy_epoch_0",
         "epoch 1 (%)": "accuracy_epoch_1",
         "best noise (%)": "noise_accuracy",
         "averaging (%)": "average_accuracy",
+        "tolerant noise (%)": "tolerant_noise_accuracy",
         "to nearest decoded": "distance_to_decoded",
         "to nearest train network": "distance_to_train",
     }
     rows = [
-        [point, *(cell("generation", point, key, percent="accuracy" in key) for key in columns.values())]
-        for point in points
+        [point, *(cell(kind, point, key, percent="accuracy" in key) for key in columns.values())]
+        for kind, point in points
     ]
-    parts += ["Samples, and what noise and averaging give at the same distance:"]
+    parts += [
+        "Samples, and what noise and averaging give at the same distance. Tolerant noise is shaped by what behaviour "
+        "tolerates of each weight: the knowledge that `kde_tolerant` has of latents, without latents."
+    ]
     parts += [markdown_table(["sampler, bandwidth", *columns], rows)]
     return "\n\n".join(parts) + "\n"
 

@@ -54,7 +54,7 @@ def metrics(reported):
 def test_metrics_have_the_promised_form(metrics):
     assert set(metrics) == {
         *("probe", "probe_trained", "probe_trees", "probe_trees_trained"),
-        *("reconstruction", "generation", "scratch", "seconds", "peak_memory_bytes"),
+        *("reconstruction", "generation", "generation_other_samplers", "scratch", "seconds", "peak_memory_bytes"),
     }
     for name in ("probe", "probe_trained", "probe_trees", "probe_trees_trained"):
         assert set(metrics[name]) == TARGETS
@@ -67,7 +67,7 @@ def test_metrics_have_the_promised_form(metrics):
     for point in metrics["generation"]:
         assert set(point) == {
             *("sampler", "bandwidth", "accuracy_epoch_0", "accuracy_epoch_1", "distance_to_decoded"),
-            *("distance_to_train", "noise_accuracy", "average_accuracy"),
+            *("distance_to_train", "noise_accuracy", "average_accuracy", "tolerant_noise_accuracy"),
         }
     assert set(metrics["scratch"]) == {"accuracy_epoch_0", "accuracy_epoch_1"}
     assert {"training", "embedding", "probing", "reconstruction", "generation"} <= set(metrics["seconds"])

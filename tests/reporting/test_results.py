@@ -23,13 +23,15 @@ def metrics(latents: float) -> dict:
         target: {name: {"r2": value, "tau": value / 2} for name, value in features.items()}
         for target in ("test_accuracy", "epoch", "generalization_gap")
     }
-    point = dict.fromkeys(("distance_to_decoded", "distance_to_train", "noise_accuracy", "average_accuracy"), 0.3)
+    measured = ("noise_accuracy", "average_accuracy", "tolerant_noise_accuracy")
+    point = dict.fromkeys(("distance_to_decoded", "distance_to_train", *measured), 0.3)
     point |= {"sampler": "kde", "bandwidth": 0.1, "accuracy_epoch_0": 0.9, "accuracy_epoch_1": 0.95}
     names = ("r2", "latents_per_weight", "anchor_accuracy", "decoded_accuracy", "noise_accuracy_at_same_error")
     return {
         **dict.fromkeys(("probe", "probe_trained", "probe_trees", "probe_trees_trained"), probe),
         "reconstruction": dict.fromkeys(names, 0.9),
         "generation": [point],
+        "generation_other_samplers": [point | {"sampler": "other"}],
         "scratch": {"accuracy_epoch_0": 0.1, "accuracy_epoch_1": 0.4},
         "seconds": {"training": 300.0},
         "peak_memory_bytes": 10,
