@@ -31,6 +31,10 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class ResidualLinear(nn.Linear):
+    """A linear layer that writes into the residual stream; it starts smaller, by depth, as in GPT-2."""
+
+
 class SaneAttention(nn.Module):
     """Bidirectional self-attention without biases."""
 
@@ -42,8 +46,7 @@ class SaneAttention(nn.Module):
         self.attention_dropout = config.dropout
         self.is_causal = False
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj.is_residual = True
+        self.o_proj = ResidualLinear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         batch, tokens, _ = hidden_states.shape
@@ -72,8 +75,7 @@ class SaneMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.fc2.is_residual = True
+        self.fc2 = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation(self.fc1(hidden_states)))
@@ -219,6 +221,7 @@ def token_weight(sequence: torch.Tensor, attention_mask: torch.Tensor | None) ->
 __all__ = [
     "WEIGHT_STATISTICS",
     "LayerPath",
+    "ResidualLinear",
     "SaneAttention",
     "SaneLayer",
     "SanePositions",

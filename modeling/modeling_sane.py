@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .blocks_sane import (
     WEIGHT_STATISTICS,
     LayerPath,
+    ResidualLinear,
     SaneAttention,
     SaneLayer,
     SanePositions,
@@ -102,8 +103,7 @@ class SanePreTrainedModel(PreTrainedModel):
                 start += torch.eye(*module.weight.shape[1:], device=start.device)
             init.copy_(module.weight, start)
             init.zeros_(module.bias)
-        elif getattr(module, "is_residual", False):
-            # Residual branches start small, by depth, as in GPT-2.
+        elif isinstance(module, ResidualLinear):
             depth = 2 * self.config.num_hidden_layers
             init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(depth))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor
 
@@ -28,4 +29,4 @@ class WeightFeatureExtractionPipeline(Travelling):
         if groups is None or reference is None:
             return super().canonical(weights, layout)
         flat = align_many(layout.flatten(weights)[None], reference, layout, groups).flat[0]
-        return layout.unflatten(flat, weights)
+        return cast(dict[str, Tensor], layout.unflatten(flat, weights))

@@ -377,7 +377,7 @@ def test_precisions():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model(**batch, **extra)
     assert abs(mixed.loss - single.loss) < 0.05 * single.loss
-    for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.02)):
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.05)):
         cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
         other = {name: value.to(dtype) for name, value in extra.items()}
         output = model.to(dtype)(**cast, **other)
