@@ -47,7 +47,7 @@ class BehaviorArguments:
         weight: weight of the behavioural loss, the Kullback-Leibler divergence in nats between what the original and
             the decoded network answer; 0 switches it off.
         start: share of the training after which the behavioural loss sets in.
-        networks: networks of each batch that it looks at.
+        networks: networks of each batch that it looks at, from the first; permuted ones stand last.
         queries: images per step.
         latent_noise: largest noise on the latents of half of them before decoding, in units of the latents' standard
             deviation over the batch; each draws its own level below that.
@@ -145,6 +145,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a recipe is a mapping, found {type(content).__name__}")
+    content |= {name: content.get(name) or {} for name in ("tokenizer", "model", "views", "behavior", "trainer")}
     for name, value in (overrides or {}).items():
         *parents, last = name.split(".")
         target = content
@@ -153,9 +154,12 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             if not isinstance(target, dict):
                 raise ValueError(f"--{name}: {parent} is a value in {path}, not a section")
         target[last] = value
+    for name in ("tokenizer", "model", "views", "behavior", "trainer"):
+        if not isinstance(content[name], dict):
+            raise ValueError(f"{path}: {name} is a section of settings, found {content[name]!r}")
     sections = {"views": ViewArguments, "behavior": BehaviorArguments}
     for section, cls in sections.items():
-        content[section] = _build(cls, content.get(section) or {}, f"{path}: {section}.")
+        content[section] = _build(cls, content[section], f"{path}: {section}.")
     return _build(Recipe, content, f"{path}: ")
 
 

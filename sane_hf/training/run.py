@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +15,13 @@ import numpy as np
 import torch
 import yaml
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from sane_hf.checkpoints import write_json_atomic, write_text_atomic
 from sane_hf.modeling import SaneConfig, SaneForPreTraining, WeightTokenizer
 from sane_hf.zoos import ZooMatrix, load_images, load_matrix
 
-from .arguments import Recipe, load_recipe
+from .arguments import Recipe, ViewArguments, load_recipe
 from .behavior import BehaviorLoss
 from .targets import LAYER_STATISTICS, Standardizer, behavior_statistics, layer_statistics, zoo_logits
 from .trainer import SaneTrainer
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("usage: accelerate launch train.py RECIPE.yaml [--trainer.max_steps 20] [--seed 1] ...")
     try:
         train(arguments[0], arguments[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"train.py: {error}") from error
 
 
@@ -66,24 +68,42 @@ def train(recipe: str | Path, overrides: Sequence[str] | dict[str, Any] = ()) ->
     zoo = load_matrix(plan.zoo, plan.split_seed)
     tokenizer = build_tokenizer(zoo, plan)
     trainer = build_trainer(zoo, tokenizer, plan)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = newest_complete_checkpoint(folder)
     if checkpoint:
-        logger.warning("%s: continuing from %s", folder, Path(checkpoint).name)
+        logger.warning("%s: continuing from %s", folder, checkpoint.name)
     if trainer.is_world_process_zero():
         write_text_atomic(folder / "recipe.yaml", yaml.safe_dump(plan.to_dict(), sort_keys=False))
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = {**result.metrics, **trainer.evaluate()}
     trainer.save_model()
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(folder)
         trainer.save_state()
-        write_json_atomic(folder / FINISHED, {"recipe": plan.to_dict(), "metrics": metrics})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        finished = {"recipe": plan.to_dict(), "metrics": metrics, "peak_memory_bytes": peak}
+        write_json_atomic(folder / FINISHED, finished)
     return folder
+
+
+def newest_complete_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with most steps among those that were written to the end; the user is told of others.
+
+    The Trainer writes into the final folder, its state last of all, so a checkpoint without it was cut short.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        if (checkpoint / TRAINER_STATE_NAME).is_file():
+            return checkpoint
+        logger.warning("%s was cut short while it was written, and is not used: remove it", checkpoint)
+    return None
 
 
 def build_tokenizer(zoo: ZooMatrix, plan: Recipe) -> WeightTokenizer:
     """Tokenizer with statistics of the training split, the permutation groups and the canonical reference."""
-    tokenizer = WeightTokenizer(**plan.tokenizer)
+    try:
+        tokenizer = WeightTokenizer(**plan.tokenizer)
+    except TypeError as error:  # an argument that WeightTokenizer does not have
+        raise ValueError(f"tokenizer: {str(error).replace('WeightTokenizer.__init__() ', '')}") from error
     tokenizer.fit(zoo.state_dict(weights) for weights in zoo.of_split("train").flat)
     reference = zoo.state_dict(zoo.reference)
     tokenizer.set_groups(reference, zoo.groups)
@@ -99,10 +119,11 @@ def build_trainer(zoo: ZooMatrix, tokenizer: WeightTokenizer, plan: Recipe) -> S
     images = load_images(plan.behavior.images).train.images if plan.behavior.images else None
     behavior: tuple[torch.Tensor | None, ...] = (None, None)
     if images is not None and plan.behavior.targets:
-        behavior = _standardized(*_behavior_targets(parts, layout, images, plan.behavior.components))
+        behavior = _standardized(*_behavior_targets(parts, layout, images, plan.behavior.components, plan.seed))
+    unvaried = ViewArguments(0.0, 0.0, plan.views.window, plan.views.second_view)
     windows = [
         ZooWindows(part.flat, layout, tokenizer, zoo.groups, views, statistics[i], behavior[i], plan.seed)
-        for i, (part, views) in enumerate(zip(parts.values(), (plan.views, None), strict=True))
+        for i, (part, views) in enumerate(zip(parts.values(), (plan.views, unvaried), strict=True))
     ]
     model = SaneForPreTraining(build_config(plan, layout, behavior[0]))
     loss = None
@@ -133,6 +154,9 @@ def build_config(plan: Recipe, layout, behavior: torch.Tensor | None) -> SaneCon
     if plan.model.get("statistics_weight"):
         sizes["statistics_size"] = LAYER_STATISTICS
         sizes["behavior_size"] = 0 if behavior is None else behavior.shape[1]
+    known = {field.name for field in dataclasses.fields(SaneConfig)}
+    if unknown := sorted(set(plan.model) - known):
+        raise ValueError(f"model.{unknown[0]} is not known; known are {', '.join(sorted(known))}")
     return SaneConfig(**{**sizes, **plan.model})
 
 
@@ -191,14 +215,14 @@ def _standardized(train: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Ten
 
 
 def _behavior_targets(
-    parts: dict[str, ZooMatrix], layout, images: torch.Tensor, components: int
+    parts: dict[str, ZooMatrix], layout, images: torch.Tensor, components: int, seed: int
 ) -> list[torch.Tensor]:
     """Label-free behaviour of every checkpoint: summary numbers, and the main components of its answers."""
     chosen = images[torch.from_numpy(np.random.default_rng(0).permutation(len(images))[:TARGET_IMAGES])]
     logits = [zoo_logits(part.architecture, part.configs, part.flat, layout, chosen) for part in parts.values()]
     answers = [part.softmax(dim=-1).flatten(1) for part in logits]
     mean = answers[0].mean(dim=0)
-    torch.manual_seed(0)  # the randomised decomposition draws
+    torch.manual_seed(seed)  # the randomised decomposition draws, and after it the model's initial weights
     basis = torch.pca_lowrank(answers[0] - mean, q=components + 4, center=False)[2][:, :components]
     return [
         torch.cat([behavior_statistics(part), (answer - mean) @ basis], dim=1)

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .arguments import BehaviorArguments
 from .behavior import BehaviorLoss
+
+
+class _EpochOfViews(TrainerCallback):
+    """Tells the data of the epoch, which a data loader that skips to the middle of one, or shards, does not."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
 
 LOGGED = ("loss_reconstruction", "loss_contrast", "loss_statistics", "r2")
 
@@ -26,6 +34,7 @@ class SaneTrainer(Trainer):
         self, *args, behavior_loss: BehaviorLoss | None = None, behavior: BehaviorArguments | None = None, **kwargs
     ):
         super().__init__(*args, **kwargs)
+        self.add_callback(_EpochOfViews())
         self.behavior_loss, self.behavior = behavior_loss, behavior or BehaviorArguments()
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -33,7 +42,7 @@ class SaneTrainer(Trainer):
         """The model's loss, and in training the behavioural loss once it has set in."""
         index = inputs.pop("index")
         outputs = model(**inputs)
-        loss = outputs.loss
+        loss = outputs.loss.mean()  # one number for each GPU under DataParallel
         if model.training and self._behavior_active():
             divergence = self._divergence(model, inputs, outputs, index)
             loss = loss + self.behavior.weight * divergence
@@ -41,7 +50,7 @@ class SaneTrainer(Trainer):
         prefix = "" if model.training else "eval_"
         for name in LOGGED:
             if outputs.get(name) is not None:
-                self._parts[prefix + name].append(outputs[name].detach())
+                self._parts[prefix + name].append(outputs[name].detach().mean())
         if not loss.isfinite():
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step}, checkpoints {index.tolist()[:8]}...: "

@@ -66,7 +66,7 @@ class ZooWindows(Dataset):
         return self.normalized.shape[0]
 
     def set_epoch(self, epoch: int):
-        """Draw other permutations, windows and noise from here on; called by the Trainer's data loader."""
+        """Draw other permutations, windows and noise from here on; `SaneTrainer` calls it at every epoch's begin."""
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:

@@ -28,17 +28,19 @@ def test_run_leaves_a_folder_that_loads_and_is_not_trained_twice(recipe, tiny_zo
 
 
 def test_resumed_run_equals_the_uninterrupted_one(recipe, tmp_path):
-    whole = train(recipe, {"output_dir": str(tmp_path / "whole")})
-    # stopped in the middle of an epoch: twelve networks leave 16 training rows, that is 4 steps an epoch
-    plan = load_recipe(recipe, {"output_dir": str(tmp_path / "parts")})
+    steps = {"trainer.max_steps": 10, "trainer.save_steps": 6}
+    whole = train(recipe, {**steps, "output_dir": str(tmp_path / "whole")})
+    # stopped in the middle of the second epoch: twelve networks leave 16 training rows, that is 4 steps an epoch
+    plan = load_recipe(recipe, {**steps, "output_dir": str(tmp_path / "parts")})
     zoo = load_matrix(plan.zoo)
     trainer = build_trainer(zoo, build_tokenizer(zoo, plan), plan)
     stop = type("Stop", (trainer.callback_handler.callbacks[0].__class__,), {})()
     stop.on_save = lambda args, state, control, **kwargs: setattr(control, "should_training_stop", True)
     trainer.add_callback(stop)
     trainer.train()
-    assert trainer.state.global_step == 3
-    parts = train(recipe, {"output_dir": str(tmp_path / "parts")})
+    assert trainer.state.global_step == 6
+    (tmp_path / "parts" / "checkpoint-9").mkdir()  # cut short by a kill: the state, written last, is missing
+    parts = train(recipe, {**steps, "output_dir": str(tmp_path / "parts")})
     first, second = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -52,6 +54,9 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ({"model.hiden_size": 16}, "model.hiden_size is not known"),
+        ({"tokenizer.token_sise": 16}, "tokenizer: .*token_sise"),
+        ({"views": 3}, "views is a section of settings, found 3"),
         ({"views.nois": 0.1}, "views.nois is not known; known are permuted"),
         ({"trainer.max_step": 5}, "trainer.*max_step"),
         ({"trainer.seed": 5}, "given at the top"),
@@ -91,3 +96,18 @@ def test_non_finite_loss_stops_and_names_the_checkpoints(recipe):
     trainer.train_dataset.normalized[:] = math.inf
     with pytest.raises(FloatingPointError, match="at step 0, checkpoints"):
         trainer.train()
+
+
+def test_every_seed_starts_from_other_weights(recipe):
+    weights = []
+    for seed in (0, 1):
+        plan = load_recipe(recipe, {"seed": seed})
+        zoo = load_matrix(plan.zoo)
+        weights.append(build_trainer(zoo, build_tokenizer(zoo, plan), plan).model.sane.token_embed.weight)
+    assert not torch.equal(*weights)
+
+
+def test_contrast_is_trained_and_evaluated_on_two_views(recipe):
+    folder = train(recipe, {"model.gamma": 0.1, "views.second_view": True, "trainer.eval_strategy": "epoch"})
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert {"loss_contrast", "eval_loss_contrast"} <= {name for entry in history for name in entry}
