@@ -9,7 +9,6 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 # Without it, `accelerate launch` keeps a CPU run to one thread.
 THREADS := $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
-ZOO := zoos/digits-cnn
 RUN := runs/sane-digits
 PACKAGES := setup.py pyproject.toml constraints.txt
 
@@ -46,7 +45,7 @@ lint: $(BIN)/.dev ## style and types
 	$(BIN)/mypy
 
 clean: ## remove everything that was built: environment, zoos, runs, caches
-	rm -rf .venv zoos runs sane-resnet build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) zoos runs sane-resnet build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment, in steps that are not repeated: a stamp file stands in it for each finished one.

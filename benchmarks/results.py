@@ -172,7 +172,8 @@ def page(runs: Mapping[tuple[int, int], Metrics], found: Mapping[tuple[str, ...]
     parts = [
         "# Results on digits-cnn",
         f"Mean ± standard deviation over {len(runs)} runs: {len(seeds)} seeds and {len(splits)} splits by model. "
-        "Every run trains anew and is measured on models that it has not seen. Written by `make results`; all "
+        "Every run trains anew. Probes and R² are measured on models that it has not seen; anchors are models of the "
+        "train split, and all accuracies are on the 497 test images. Written by `make results`; all "
         "figures, with the spread over splits and over seeds by themselves, are in [results.json](results.json).",
         "## What the embedding tells",
         "R² on the test split, and Kendall's τ.",
@@ -207,6 +208,8 @@ def page(runs: Mapping[tuple[int, int], Metrics], found: Mapping[tuple[str, ...]
         "anchors, test accuracy (%)": ("reconstruction", "anchor_accuracy", True),
         "anchors, decoded (%)": ("reconstruction", "decoded_accuracy", True),
         "anchors with noise of equal error (%)": ("reconstruction", "noise_accuracy_at_same_error", True),
+        "networks of the test split, epochs ≥ 5 (%)": ("reconstruction", "test_accuracy", True),
+        "networks of the test split, decoded (%)": ("reconstruction", "test_decoded_accuracy", True),
         "from scratch, epoch 0 (%)": ("scratch", "accuracy_epoch_0", True),
         "from scratch, epoch 1 (%)": ("scratch", "accuracy_epoch_1", True),
     }

@@ -165,7 +165,7 @@ def weight_statistics(tokens: torch.Tensor, mask: torch.Tensor, layer: torch.Ten
 
     Returns:
         (B, T, 10) float: mean, log standard deviation, mean magnitude, smallest and largest weight of the token, then
-        the same of the layer; zero where there is no weight.
+        the same of the layer; finite where there is no weight.
     """
     count = mask.sum(dim=-1, keepdim=True).to(tokens.dtype)
     real = tokens * mask

@@ -91,7 +91,7 @@ def _sampling_claims(points: Sequence[Mapping[str, Any]], scratch: Mapping[str, 
     beyond = [f"{point['bandwidth']:g}" for point in points if not averages_reach(point)]
     for name, key, chosen in (("noise", "noise_accuracy", points), ("averaging", "average_accuracy", reachable)):
         margins = [point["accuracy_epoch_0"] - point[key] for point in chosen]
-        lost = sum(margin <= 0 for margin in margins)
+        lost = sum(not margin > 0 for margin in margins)  # a margin that is not a number is lost
         figures = "no average gets that far"
         if chosen:
             least = chosen[min(range(len(chosen)), key=margins.__getitem__)]
@@ -102,7 +102,11 @@ def _sampling_claims(points: Sequence[Mapping[str, Any]], scratch: Mapping[str, 
             if len(chosen) < len(points):
                 figures += f"; no average gets as far as the samples of {', '.join(beyond)}"
         claims.append(
-            Claim(f"Samples are better than {name} at equal distance, at every bandwidth", not lost, figures)
+            Claim(
+                f"Samples are better than {name} at equal distance, at every bandwidth",
+                bool(chosen) and not lost,
+                figures,
+            )
         )
     behind = [point for point in points if point["accuracy_epoch_1"] <= scratch["accuracy_epoch_1"]]
     worst = min(points, key=lambda point: point["accuracy_epoch_1"])

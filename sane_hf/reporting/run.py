@@ -50,6 +50,8 @@ RECONSTRUCTION_KEYS = (
     "anchor_accuracy",
     "decoded_accuracy",
     "noise_accuracy_at_same_error",
+    "test_accuracy",
+    "test_decoded_accuracy",
 )
 QUICK_TEST_NETWORKS = 200
 
@@ -84,7 +86,8 @@ def report(run_dir: str | Path, zoo: str | None = None, seed: int = 0, quick: bo
         generated = stages.run("generation", lambda: generation(subject, seed, quick), **settings)
     probed = stages.run("probing", lambda: probing(subject, layer_embeddings, seed, quick), **settings)
 
-    training = json.loads((folder / "training.json").read_text())["metrics"]
+    finished = json.loads((folder / "training.json").read_text())
+    training = finished["metrics"]
     metrics: dict[str, Any] = {
         **{name: probed["scores"][name] for name in PROBES},
         "reconstruction": {key: decoded["full"][key] for key in RECONSTRUCTION_KEYS},
@@ -92,7 +95,7 @@ def report(run_dir: str | Path, zoo: str | None = None, seed: int = 0, quick: bo
         "generation_other_samplers": [{key: point[key] for key in GENERATION_KEYS} for point in generated["others"]],
         "scratch": generated["scratch"],
         "seconds": {"training": training["train_runtime"], **stages.seconds},
-        "peak_memory_bytes": stages.peak_memory,
+        "peak_memory_bytes": max(finished.get("peak_memory_bytes", 0), stages.peak_memory),
     }
     held_out = {"original": decoded["full"]["test_accuracy"], "decoded": decoded["full"]["test_decoded_accuracy"]}
     claims = check_claims(metrics, generated["points"], held_out)

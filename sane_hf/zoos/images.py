@@ -64,7 +64,8 @@ def load_images(name: str) -> ImageSplits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'sane-hf[analysis]'") from error
+        message = "the digits come with scikit-learn: pip install 'sane-hf[analysis]'"
+        raise ModuleNotFoundError(message, name="sklearn") from error
     digits = load_digits()
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(digits.target))
     images = torch.from_numpy(digits.images[order]).float()[:, None] / 16

@@ -83,6 +83,11 @@ def load_matrix(name_or_path: str, split_seed: int | None = None, align: bool = 
     ((architecture, description),) = info["architectures"].items()
     shapes = {name: tuple(shape) for name, shape in description["shapes"]}
     layout = TokenLayout.plan(shapes, token_size=0)
+    if "permutation_groups" not in description:
+        raise ValueError(
+            f"{name_or_path}: zoo.json has no permutation groups for {architecture}: find them with "
+            "sane_hf.symmetry.find_permutation_groups and write the zoo anew"
+        )
     groups = PermutationGroups.from_dict(description["permutation_groups"])
     flat, columns = [], []
     for split, dataset in load_zoo(name_or_path).items():
@@ -135,7 +140,8 @@ def deal_splits(model_ids: np.ndarray, seed: int) -> np.ndarray:
 def _reference_row(zoo: str, wanted: dict | None, columns: dict[str, np.ndarray]) -> int:
     if wanted is None:
         raise ValueError(
-            f"{zoo}: names no canonical reference, its models have no validation accuracy: use align=False"
+            f"{zoo}: names no canonical reference, since its models have no validation accuracy: build the zoo with "
+            "validation accuracies"
         )
     rows = (columns["model_id"] == wanted["model_id"]) & (columns["epoch"] == wanted["epoch"])
     if not rows.any():

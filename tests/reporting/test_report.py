@@ -63,6 +63,7 @@ def test_metrics_have_the_promised_form(metrics):
             assert all(set(score) == {"r2", "tau"} for score in scores.values())
     assert set(metrics["reconstruction"]) == {
         *("r2", "latents_per_weight", "anchor_accuracy", "decoded_accuracy", "noise_accuracy_at_same_error"),
+        *("test_accuracy", "test_decoded_accuracy"),
     }
     for point in metrics["generation"]:
         assert set(point) == {

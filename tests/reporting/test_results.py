@@ -27,6 +27,7 @@ def metrics(latents: float) -> dict:
     point = dict.fromkeys(("distance_to_decoded", "distance_to_train", *measured), 0.3)
     point |= {"sampler": "kde", "bandwidth": 0.1, "accuracy_epoch_0": 0.9, "accuracy_epoch_1": 0.95}
     names = ("r2", "latents_per_weight", "anchor_accuracy", "decoded_accuracy", "noise_accuracy_at_same_error")
+    names += ("test_accuracy", "test_decoded_accuracy")
     return {
         **dict.fromkeys(("probe", "probe_trained", "probe_trees", "probe_trees_trained"), probe),
         "reconstruction": dict.fromkeys(names, 0.9),
