@@ -23,7 +23,7 @@ help: ## explain the targets
 	@echo
 	@echo "Variables: PYTHON=python3.12  VENV=.venv  PIP_ARGS=\"--extra-index-url URL\""
 
-run: $(BIN)/.analysis ## install, build the digits zoo, train SANE on it, evaluate, sample, report (15 minutes on 2 cores)
+run: $(BIN)/.analysis ## install, build the digits zoo, train SANE on it, evaluate, sample, report (7 minutes on 2 cores)
 	$(BIN)/python datasets_scripts/digits_cnn.py
 	$(BIN)/accelerate launch --num_cpu_threads_per_process $(THREADS) train.py recipes/sane-digits.yaml
 	$(BIN)/sane-hf report $(RUN)
@@ -31,7 +31,7 @@ run: $(BIN)/.analysis ## install, build the digits zoo, train SANE on it, evalua
 results: $(BIN)/.analysis ## repeat the run over three seeds and five splits by model (hours; resumes)
 	$(BIN)/python benchmarks/results.py
 
-test: $(BIN)/.dev ## the fast test suite (6 minutes on 2 cores)
+test: $(BIN)/.dev ## the fast test suite (2 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-all: $(BIN)/.dev ## the fast and the slow tests
