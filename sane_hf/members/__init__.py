@@ -6,7 +6,7 @@ Serves the populations of `sane_hf.zoos`, the behavioural loss, and the evaluati
 from __future__ import annotations
 
 from .forward import evaluate, forward
-from .stacking import count, stack, unstack
+from .stacking import count, stack, stack_flat, unstack
 from .training import epoch_draws, train
 
-__all__ = ["count", "epoch_draws", "evaluate", "forward", "stack", "train", "unstack"]
+__all__ = ["count", "epoch_draws", "evaluate", "forward", "stack", "stack_flat", "train", "unstack"]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sane_hf.modeling import TokenLayout
+
 
 def stack(state_dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack networks of one architecture.
@@ -66,3 +68,16 @@ def count(stacked: dict[str, Tensor]) -> int:
         if len(tensor) != number:
             raise ValueError(f"tensor {name!r} stacks {len(tensor)} networks, {first!r} stacks {number}")
     return number
+
+
+def stack_flat(flat: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
+    """Take flat weights apart into stacked tensors.
+
+    Args:
+        flat: (M, N), flat weights of M networks in the order of the layout.
+        layout: the layout of their architecture.
+
+    Returns:
+        Tensors (M, *shape) by name, views of `flat`; gradients flow through them.
+    """
+    return {name: flat[:, i:j].view(len(flat), *layout.shapes[name]) for name, (i, j) in layout.slices.items()}

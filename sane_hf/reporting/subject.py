@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from sane_hf.members import evaluate
+from sane_hf.members import evaluate, stack_flat
 from sane_hf.modeling import TokenLayout, WeightTokenizer, flat_from_tokens
 from sane_hf.modeling.modeling_sane import SaneForPreTraining, SaneModel
 from sane_hf.reporting.stages import hash_files
@@ -108,8 +108,7 @@ class Subject:
 
     def stacked(self, flat: Tensor) -> dict[str, Tensor]:
         """Flat weights (M, N) as stacked tensors, each (M, *shape)."""
-        shapes = self.layout.shapes
-        return {name: flat[:, i:j].view(-1, *shapes[name]) for name, (i, j) in self.layout.slices.items()}
+        return stack_flat(flat, self.layout)
 
     def accuracy(self, networks: Tensor | dict[str, Tensor], configs: list[str], split: str = "test") -> np.ndarray:
         """Accuracy on a split of the images, (M,) float64, of networks given as flat weights (M, N) or stacked."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+SECTIONS = ("tokenizer", "model", "views", "behavior", "trainer")
+
 
 @dataclass
 class ViewArguments:
@@ -145,7 +147,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a recipe is a mapping, found {type(content).__name__}")
-    content |= {name: content.get(name) or {} for name in ("tokenizer", "model", "views", "behavior", "trainer")}
+    content |= {name: content.get(name) or {} for name in SECTIONS}
     for name, value in (overrides or {}).items():
         *parents, last = name.split(".")
         target = content
@@ -154,7 +156,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             if not isinstance(target, dict):
                 raise ValueError(f"--{name}: {parent} is a value in {path}, not a section")
         target[last] = value
-    for name in ("tokenizer", "model", "views", "behavior", "trainer"):
+    for name in SECTIONS:
         if not isinstance(content[name], dict):
             raise ValueError(f"{path}: {name} is a section of settings, found {content[name]!r}")
     sections = {"views": ViewArguments, "behavior": BehaviorArguments}

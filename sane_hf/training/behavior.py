@@ -12,10 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from sane_hf.members import forward
-from sane_hf.modeling import TokenLayout, WeightTokenizer
-
-from .targets import stack_flat
+from sane_hf.members import forward, stack_flat
+from sane_hf.modeling import TokenLayout, WeightTokenizer, flat_from_tokens
 
 
 class BehaviorLoss:
@@ -46,10 +44,6 @@ class BehaviorLoss:
         self.architecture, self.configs, self.layout = architecture, configs, layout
         self.images, self.queries, self.seed = images, min(queries, len(images)), seed
         self.shift, self.scale = tokenizer.flat_statistics(layout)
-        index, mask = layout.gather_index(), layout.mask()
-        # where each weight stands among the T x D entries of the tokens
-        self.entry = torch.empty(layout.num_weights, dtype=torch.long)
-        self.entry[index[mask]] = mask.flatten().nonzero().squeeze(1)
 
     def __call__(self, decoded: torch.Tensor, original: torch.Tensor, index: torch.Tensor, step: int) -> torch.Tensor:
         """Mean divergence over networks and queries.
@@ -77,5 +71,5 @@ class BehaviorLoss:
     def _answers(self, tokens: torch.Tensor, configs: Sequence[str], queries: torch.Tensor) -> torch.Tensor:
         """(B, m, classes) log probabilities of the networks behind normalised tokens."""
         device = tokens.device
-        flat = tokens.flatten(1)[:, self.entry.to(device)] * self.scale.to(device) + self.shift.to(device)
+        flat = flat_from_tokens(tokens, self.layout) * self.scale.to(device) + self.shift.to(device)
         return forward(self.architecture, configs, stack_flat(flat, self.layout), queries).log_softmax(dim=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import resource
 import sys
@@ -206,7 +205,7 @@ def _is_finished(folder: Path, plan: Recipe) -> bool:
 
 def _plain(plan: Recipe) -> dict[str, Any]:
     """As it reads back from YAML (tuples are lists there)."""
-    return yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(plan.to_dict()))))
+    return yaml.safe_load(yaml.safe_dump(plan.to_dict()))
 
 
 def _standardized(train: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sane_hf.members import forward
+from sane_hf.members import forward, stack_flat
 from sane_hf.modeling import TokenLayout
 
 LAYER_STATISTICS = 28  # for weights and for biases: seven log statistics, seven plain ones
@@ -86,11 +86,6 @@ def zoo_logits(
         part = slice(start, start + 256)
         chunks.append(forward(architecture, configs[part], stack_flat(flat[part], layout), images))
     return torch.cat(chunks)
-
-
-def stack_flat(flat: torch.Tensor, layout: TokenLayout) -> dict[str, torch.Tensor]:
-    """Flat weights (M, N) to stacked tensors `{key: (M, ...)}`, views, differentiable."""
-    return {name: flat[:, slice(*layout.slices[name])].unflatten(1, layout.shapes[name]) for name in layout.keys}
 
 
 @dataclass

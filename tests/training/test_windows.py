@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sane_hf.members import forward
+from sane_hf.members import forward, stack_flat
 from sane_hf.modeling import WeightTokenizer, flat_from_tokens
 from sane_hf.training import ViewArguments, ZooWindows
-from sane_hf.training.targets import Standardizer, behavior_statistics, layer_statistics, stack_flat
+from sane_hf.training.targets import Standardizer, behavior_statistics, layer_statistics
 from sane_hf.zoos import load_images, load_matrix
 
 
